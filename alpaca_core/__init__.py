@@ -1,0 +1,45 @@
+"""A language model as a reliable step: generate, reason, answer, verify, and judge by logits.
+
+    with load_model(ModelSpec()) as model:
+        judge(model, ["Is Paris the capital of France?"])
+
+Importing this package imports no torch; `load_model` does, once it loads.
+"""
+
+from alpaca_core.answering import Answer, answer
+from alpaca_core.generation import generate
+from alpaca_core.judging import Judgment, judge
+from alpaca_core.loading import load_model
+from alpaca_core.model import Completion, LanguageModel, ModelInfo, RowError
+from alpaca_core.reasoning import Conclusion, chain_of_thought, conclude, final_answer
+from alpaca_core.spec import Label, ModelSpec, NamedAdapter, Sampling
+from alpaca_core.tokens import Token, TokenProbability, next_tokens, show_tokens, special_tokens
+from alpaca_core.verification import Verification, verify
+
+__all__ = [
+    "Answer",
+    "Completion",
+    "Conclusion",
+    "Judgment",
+    "Label",
+    "LanguageModel",
+    "ModelInfo",
+    "ModelSpec",
+    "NamedAdapter",
+    "RowError",
+    "Sampling",
+    "Token",
+    "TokenProbability",
+    "Verification",
+    "answer",
+    "chain_of_thought",
+    "conclude",
+    "final_answer",
+    "generate",
+    "judge",
+    "load_model",
+    "next_tokens",
+    "show_tokens",
+    "special_tokens",
+    "verify",
+]

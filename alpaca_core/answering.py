@@ -1,0 +1,203 @@
+"""Reason, conclude, verify, and try again where the answer does not convince."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from alpaca_core import reasoning, verification
+from alpaca_core.errors import InvalidRequest
+from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError
+from alpaca_core.prompts import NO_ANSWER
+from alpaca_core.reasoning import Conclusion
+from alpaca_core.rows import Progress, check_rows, map_rows
+from alpaca_core.spec import GREEDY, Sampling, TemplateName, Value
+from alpaca_core.verification import Verification
+
+
+class Answer(Value):
+    """An answer, how it came about, and how sure the model is of it.
+
+    `reasoning` is None without a chain of thought, `p_correct` without verification, `final_answer` where
+    none stands out in the answer. `attempts` says how many it took; the best one is kept.
+    """
+
+    question: str
+    reasoning: str | None
+    answer: str
+    final_answer: str | None
+    p_correct: float | None
+    attempts: int
+    escaped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The three verbs that `attempt` calls, without their model: the core's own, or a flow's tasks."""
+
+    chain_of_thought: Callable[..., Sequence[Completion | RowError]]
+    conclude: Callable[..., Sequence[Conclusion | RowError]]
+    verify: Callable[..., Sequence[Verification | RowError]]
+
+
+def answer(
+    model: LanguageModel,
+    questions: Sequence[str | RowError],
+    sampling: Sampling = GREEDY,
+    *,
+    conclusion_tokens: int = 32,
+    reason: bool = True,
+    verify: bool = True,
+    max_attempts: int = 1,
+    min_p_correct: float = 0.5,
+    template: TemplateName | None = None,
+    adapter: str | None = DEFAULT_ADAPTER,
+    progress: Progress | None = None,
+) -> list[Answer | RowError]:
+    """Answer each question: reason, conclude, verify; below `min_p_correct` try again and keep the best.
+
+    Args:
+        model: From `load_model`.
+        questions: What is asked.
+        sampling: How tokens are chosen, in reasoning and conclusion.
+        conclusion_tokens: Most tokens of a conclusion; that of a reasoning is the sampling's.
+        reason: Whether to think step by step first.
+        verify: Whether to judge the answer.
+        max_attempts: Most attempts at one question; more than one needs a temperature above 0 and `verify`.
+        min_p_correct: P(correct) that ends the attempts, between 0 and 1.
+        template: Overrides the model's.
+        adapter: Name of the LoRA weights to use; None for the bare base.
+        progress: Called with the number of questions just finished.
+
+    Returns:
+        An `Answer` for each question, in order; a `RowError` in place of each that failed.
+
+    Raises:
+        InvalidRequest: For settings out of range, or that would have no effect.
+
+    Example:
+        >>> from alpaca_core.testing import FakeModel
+        >>> fake = FakeModel({"Answer yes or no": {"Yes": 0.8, "No": 0.2}, "given these steps": "Berlin"}, "Think.")
+        >>> answer(fake, ["What is the capital of Germany?"])[0].answer
+        'Berlin'
+    """
+    steps = Steps(
+        partial(reasoning.chain_of_thought, model),
+        partial(reasoning.conclude, model),
+        partial(verification.verify, model),
+    )
+    return attempt(
+        steps,
+        questions,
+        sampling,
+        conclusion_tokens=conclusion_tokens,
+        reason=reason,
+        verify=verify,
+        max_attempts=max_attempts,
+        min_p_correct=min_p_correct,
+        template=template,
+        adapter=adapter,
+        progress=progress,
+    )
+
+
+def attempt(
+    steps: Steps,
+    questions: Sequence[str | RowError],
+    sampling: Sampling,
+    *,
+    conclusion_tokens: int,
+    reason: bool,
+    verify: bool,
+    max_attempts: int,
+    min_p_correct: float,
+    template: TemplateName | None = None,
+    adapter: str | None = DEFAULT_ADAPTER,
+    progress: Progress | None = None,
+) -> list[Answer | RowError]:
+    """Run the chain on any steps; `answer` says what the arguments mean."""
+    check_rows("questions", questions)
+    if not 0.0 <= min_p_correct <= 1.0:
+        raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct}.")
+    if max_attempts < 1 or conclusion_tokens < 1:
+        raise InvalidRequest(
+            f"max_attempts and conclusion_tokens are at least 1, but got {max_attempts} and {conclusion_tokens}."
+        )
+    if max_attempts > 1 and (sampling.temperature == 0 or not verify):
+        raise InvalidRequest(
+            f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "
+            "attempt would be the first again, or none be chosen. Set both, or max_attempts=1."
+        )
+    results: dict[int, Answer | RowError] = {}
+    pending = list(range(len(questions)))
+    for index in range(max_attempts):
+        tried = _attempt_once(
+            steps,
+            [questions[place] for place in pending],
+            sampling,
+            index,
+            conclusion_tokens=conclusion_tokens,
+            reason=reason,
+            verify=verify,
+            options={"template": template, "adapter": adapter},
+        )
+        for place, new in zip(pending, tried, strict=True):
+            results[place] = _better(results.get(place), new)
+        left = [place for place in pending if _unconvincing(results[place], min_p_correct)]
+        if progress:
+            progress(len(pending) - (len(left) if index + 1 < max_attempts else 0))
+        pending = left
+        if not pending:
+            break
+    return [results[place] for place in range(len(questions))]
+
+
+def _attempt_once(
+    steps: Steps,
+    questions: Sequence[str | RowError],
+    sampling: Sampling,
+    index: int,
+    *,
+    conclusion_tokens: int,
+    reason: bool,
+    verify: bool,
+    options: dict[str, str | None],
+) -> list[Answer | RowError]:
+    indices = [index] * len(questions)
+    short = sampling.model_copy(update={"max_new_tokens": conclusion_tokens})
+    thoughts: Sequence[str | RowError | None] = [None] * len(questions)
+    if reason:
+        thoughts = map_rows(
+            lambda thought: thought.text.strip() or None,
+            steps.chain_of_thought(questions, sampling, sample_indices=indices, **options),
+        )
+    conclusions = steps.conclude(questions, thoughts, short, sample_indices=indices, **options)
+    checks: Sequence[Verification | RowError | None] = [None] * len(questions)
+    if verify:
+        said = map_rows(lambda conclusion: conclusion.text.strip() or NO_ANSWER, conclusions)
+        checks = steps.verify(questions, said, **options)
+
+    def combine(question: str, thought: str | None, conclusion: Conclusion, check: Verification | None) -> Answer:
+        return Answer(
+            question=question,
+            reasoning=thought,
+            answer=conclusion.text.strip(),
+            final_answer=conclusion.final_answer,
+            p_correct=check.p_correct if check else None,
+            attempts=index + 1,
+            escaped=conclusion.escaped,
+        )
+
+    return map_rows(combine, questions, thoughts, conclusions, checks)
+
+
+def _better(best: Answer | RowError | None, new: Answer | RowError) -> Answer | RowError:
+    """Keep the likelier of two attempts, and count both; a failed attempt never costs an earlier answer."""
+    if best is None or isinstance(best, RowError):
+        return new
+    if isinstance(new, RowError):
+        return best.model_copy(update={"attempts": best.attempts + 1})
+    return max(best, new, key=lambda each: each.p_correct or 0.0).model_copy(update={"attempts": new.attempts})
+
+
+def _unconvincing(row: Answer | RowError, min_p_correct: float) -> bool:
+    return isinstance(row, Answer) and (row.p_correct or 0.0) < min_p_correct

@@ -1,0 +1,89 @@
+"""Every exception of the project, in one tree.
+
+    AlpacaError
+    ├── InvalidRequest          the call is wrong: settings, labels, arguments (also a ValueError)
+    │   └── InvalidLabels       labels that cannot be told apart, or cannot be spelt
+    ├── RowRejected             one row is wrong; verbs turn it into a `RowError` in the row's place
+    └── LoadError               the model cannot be loaded
+        ├── ModelNotFound       no such folder, file or hub repository
+        ├── DeviceUnavailable   the asked-for device is not on this machine
+        ├── NotEnoughMemory     the weights do not fit
+        ├── UnsafeCheckpoint    only a pickle is there, or code would have to be run
+        ├── InvalidCheckpoint   missing, unexpected or non-finite tensors; unreadable files
+        │   └── DigestMismatch  the bytes are not those that were prepared
+        └── InvalidAdapter      made for another base, or without any effect
+
+Messages state the rule, the value that broke it, and the remedy.
+"""
+
+__all__ = [
+    "AlpacaError",
+    "DeviceUnavailable",
+    "DigestMismatch",
+    "InvalidAdapter",
+    "InvalidCheckpoint",
+    "InvalidLabels",
+    "InvalidRequest",
+    "LoadError",
+    "ModelNotFound",
+    "NotEnoughMemory",
+    "RowRejected",
+    "UnsafeCheckpoint",
+]
+
+
+class AlpacaError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+class InvalidRequest(AlpacaError, ValueError):
+    """The call itself is wrong, whatever its rows hold."""
+
+
+class InvalidLabels(InvalidRequest):
+    """The labels cannot be told apart, or one of them cannot be spelt."""
+
+
+class RowRejected(AlpacaError):
+    """One row is wrong. Verbs catch it and put a `RowError` in the row's place.
+
+    Args:
+        code: One of `alpaca_core.model.ERROR_CODES`.
+        message: Rule, value, remedy.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LoadError(AlpacaError):
+    """The model cannot be loaded."""
+
+
+class ModelNotFound(LoadError):
+    """No such folder, file or hub repository."""
+
+
+class DeviceUnavailable(LoadError):
+    """The device that was asked for is not on this machine."""
+
+
+class NotEnoughMemory(LoadError):
+    """The weights need more memory than the device has free."""
+
+
+class UnsafeCheckpoint(LoadError):
+    """Loading would unpickle a file or run a repository's code."""
+
+
+class InvalidCheckpoint(LoadError):
+    """Tensors are missing, unexpected, misshapen or not finite, or a file cannot be read."""
+
+
+class DigestMismatch(InvalidCheckpoint):
+    """The bytes on the disk are not those that were prepared."""
+
+
+class InvalidAdapter(LoadError):
+    """The adapter belongs to another base, or changes nothing."""

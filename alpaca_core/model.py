@@ -1,0 +1,194 @@
+"""What an engine is: rows of token ids in, results out as they finish. Two methods, no more.
+
+Everything else in `alpaca_core` is written on `LanguageModel.generate` and `LanguageModel.loglikelihood`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from pydantic import Field
+
+from alpaca_core.errors import RowRejected
+from alpaca_core.spec import Sampling, TemplateName, Value
+from alpaca_core.tokenizer import Tokenizer
+
+ErrorCode = Literal[
+    "not_text",  # the row is None, a number, a list …
+    "empty_text",  # nothing but white space
+    "invalid_text",  # a lone surrogate: not encodable as UTF-8
+    "prompt_too_long",  # prompt and answer do not fit the model's context
+    "unknown_adapter",  # the row names an adapter that the model does not have
+    "not_finite",  # the model's logits hold NaN or infinity for this row
+    "no_spelling",  # a label cannot be told apart from the others after this prompt
+]
+ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
+
+DEFAULT_ADAPTER = "default"
+"""Name of the spec's own adapter; on a model without one it means the bare base."""
+
+
+class RowError(Value):
+    """What a row gets in place of a result: a code for programs, a sentence for people."""
+
+    code: ErrorCode
+    message: str
+
+    @classmethod
+    def of(cls, error: RowRejected) -> "RowError":
+        """Turn a rejection into the value that stands in the row's place."""
+        return cls.model_validate({"code": error.code, "message": str(error)})
+
+
+class Completion(Value):
+    """A generated response: the response only, cut by token count, without special tokens.
+
+    `finish_reason` is ``stop`` where the model ended by itself, ``length`` where `max_new_tokens` did.
+    `escaped` says that a line of the prompt that equalled a template's marker got a leading space.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = Field(repr=False)
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    escaped: bool = False
+
+
+class AdapterInfo(Value):
+    """One loaded adapter: its name for rows, the digest of its weights, the template that it records."""
+
+    name: str
+    source: str
+    digest: str
+    revision: str | None = None
+    template: TemplateName | None = None
+
+
+class ModelInfo(Value):
+    """What a loaded model is, in JSON.
+
+    `digest` covers everything that can change a result: base weights, adapters, quantization, dtype,
+    merging. `memory_gib` is what the weights take on their device, in GiB; `load_seconds` the load.
+    `rows_independent` says whether a row's result is the same in any company, bit for bit.
+    """
+
+    name: str
+    digest: str
+    engine: str
+    device: str
+    dtype: str
+    quantization: str
+    context_length: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    template: TemplateName = "auto"
+    chat_template: str | None = Field(default=None, repr=False)
+    adapters: tuple[AdapterInfo, ...] = ()
+    revision: str | None = None
+    rows_independent: bool = False
+    memory_gib: float = 0.0
+    load_seconds: float = 0.0
+
+    def adapter(self, name: str | None) -> AdapterInfo | None:
+        """Return the adapter that a row means; None is the bare base.
+
+        Raises:
+            RowRejected: If the model has no adapter of that name.
+        """
+        found = next((adapter for adapter in self.adapters if adapter.name == name), None)
+        if found is None and name not in (None, DEFAULT_ADAPTER):
+            known = ", ".join(repr(adapter.name) for adapter in self.adapters) or "none"
+            raise RowRejected(
+                "unknown_adapter",
+                f"a row names one of the model's adapters ({known}), but this one says {name!r}. "
+                "Add it to ModelSpec.adapters, or use None for the bare base.",
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Trie:
+    """Token sequences with shared beginnings, told once.
+
+    Node ``i`` is token ``tokens[i]`` after node ``parents[i]``, which is smaller than ``i``; -1 is the
+    end of the prompt.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> tuple["Trie", list[int]]:
+        """Build the trie of non-empty `sequences`; also return each sequence's last node."""
+        nodes: dict[tuple[int, int], int] = {}
+        ends = []
+        for sequence in sequences:
+            node = -1
+            for token in sequence:
+                node = nodes.setdefault((node, token), len(nodes))
+            ends.append(node)
+        return cls(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes)), ends
+
+    def depths(self) -> list[int]:
+        """Depth of each node; a node right after the prompt has depth 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRow:
+    """One response to generate: `sample_index` counts the samples that are drawn of one prompt."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    sample_index: int = 0
+    adapter: str | None = DEFAULT_ADAPTER
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """Continuations of one prompt to score, as a trie."""
+
+    prompt_ids: tuple[int, ...]
+    continuations: Trie
+    adapter: str | None = DEFAULT_ADAPTER
+
+
+class LanguageModel(Protocol):
+    """A loaded model. Rows come out as they finish, in any order, each with its index.
+
+    Closing an iterator cancels the rows that have not come out. Neither method raises for a bad row:
+    that row's result is a `RowError`. Both may be called from several threads.
+    """
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
+        """Generate one response for each row."""
+        ...
+
+    def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
+        """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
+        ...
+
+
+def check_fits(prompt_tokens: int, new_tokens: int, info: ModelInfo, setting: str = "max_new_tokens") -> None:
+    """Refuse a row that would run beyond the model's context; nothing is ever cut silently.
+
+    Raises:
+        RowRejected: With code ``prompt_too_long``.
+    """
+    over = prompt_tokens + new_tokens - info.context_length
+    if over > 0:
+        raise RowRejected(
+            "prompt_too_long",
+            f"prompt has {prompt_tokens:,} tokens and {setting} is {new_tokens:,}, but {info.name!r} reads "
+            f"{info.context_length:,}. Shorten the prompt by {over:,} tokens or lower {setting}.",
+        )

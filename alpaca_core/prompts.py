@@ -1,0 +1,233 @@
+"""Every prompt text of the project, and how text becomes a prompt.
+
+Text of a template and text of a user between two control tokens are encoded as one string, since
+splitting at the fields would change the tokens that the model was trained on. Control tokens are put in
+by id, from the template alone, so that user text can never become one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel
+from alpaca_core.spec import Label, TemplateName
+from alpaca_core.tokenizer import Tokenizer
+
+# Stanford Alpaca, train.py, PROMPT_DICT: https://github.com/tatsu-lab/stanford_alpaca
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_MARKERS = frozenset({"### Instruction:", "### Input:", "### Response:"})
+
+# The two prompts of the notebook that this project grew from; the first is zero-shot chain of thought
+# (Kojima et al. 2022, arXiv 2205.11916) asked for as a paragraph.
+CHAIN_OF_THOUGHT = "Write a paragraph to answer the following question. Think step by step. {question}"
+CONCLUDE = "Answer the following question '{question}' given these steps. {reasoning}"
+CONCLUDE_DIRECTLY = "{question}"
+
+# P(True), Kadavath et al. 2022, arXiv 2207.05221, section 3, asked as yes or no.
+VERIFY = "Question: {question}\nProposed answer: {answer}\nIs the proposed answer correct? Answer yes or no."
+VERIFY_WITH_REASONING = (
+    "Question: {question}\nReasoning: {reasoning}\nProposed answer: {answer}\n"
+    "Is the proposed answer correct? Answer yes or no."
+)
+
+NO_ANSWER = "(no answer)"
+"""What the verifier is shown where the model ended without a word."""
+
+SHOW_LABELS = "{instruction}\nAnswer with one of: {labels}."
+
+_SLOT = "\N{OBJECT REPLACEMENT CHARACTER}user text\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's token ids; `escaped` says that a line of user text got a space before it."""
+
+    ids: tuple[int, ...]
+    escaped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """A template with a hole: control tokens by id, text in between, `_SLOT` where the user's text goes."""
+
+    parts: tuple[int | str, ...]
+    strip_left: bool = False
+    strip_right: bool = False
+
+
+class Template:
+    """How a model wants to be asked; made once for a batch by `template_of`.
+
+    Args:
+        model: Whose tokenizer and context length count.
+        name: Resolved template name, anything but ``auto``.
+
+    Raises:
+        InvalidRequest: If the model has no chat template, or one that cannot be used.
+    """
+
+    def __init__(self, model: LanguageModel, name: TemplateName) -> None:
+        self.name = name
+        self._info = model.info
+        self._tokenizer = model.tokenizer
+        self._markers: frozenset[str] = frozenset()
+        self._chat: _Skeleton | None = None
+        if name == "chat":
+            if model.info.chat_template is None:
+                raise InvalidRequest(
+                    f"template='chat' needs a model with a chat template, but {model.info.name!r} has none. "
+                    "Use template='alpaca', 'alpaca-lora' or 'raw'."
+                )
+            self._chat = _chat_skeleton(model.info.chat_template, model.tokenizer)
+            self._markers = _markers_of(self._chat)
+        elif name in ("alpaca", "alpaca-lora"):
+            self._markers = ALPACA_MARKERS
+
+    def encode(self, instruction: str, input: str | None = None) -> Prompt:
+        """Write one prompt.
+
+        Args:
+            instruction: What to do; for ``raw`` the whole prompt.
+            input: What to do it with; a slot of its own in Alpaca's template, a paragraph elsewhere.
+
+        Raises:
+            RowRejected: With code ``prompt_too_long`` or ``invalid_text``.
+        """
+        instruction, escaped = self._escape(instruction)
+        if input is not None:
+            input, input_escaped = self._escape(input)
+            escaped = escaped or input_escaped
+        self._refuse_hopeless(len(instruction) + len(input or ""))
+        if self.name in ("alpaca", "alpaca-lora"):
+            text = (ALPACA if input is None else ALPACA_WITH_INPUT).format(instruction=instruction, input=input)
+            parts: Iterable[int | str] = [text + ("\n" if self.name == "alpaca-lora" else "")]
+        else:
+            text = instruction if input is None else f"{instruction}\n\n{input}"
+            parts = [text] if self._chat is None else _fill(self._chat, text)
+        ids = [] if self._chat else list(self._tokenizer.prefix_ids)
+        for place, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, "segment" if place else "start")
+        return Prompt(tuple(ids), escaped)
+
+    def _escape(self, text: str) -> tuple[str, bool]:
+        lines = text.splitlines(keepends=True)
+        kept = [f" {line}" if line.rstrip() in self._markers else line for line in lines]
+        return "".join(kept), kept != lines
+
+    def _refuse_hopeless(self, characters: int) -> None:
+        """Refuse a text that cannot fit before its megabytes are split into tokens."""
+        least = characters // self._tokenizer.longest_piece
+        if least > self._info.context_length:
+            raise RowRejected(
+                "prompt_too_long",
+                f"prompt has {characters:,} characters, so at least {least:,} tokens, but {self._info.name!r} "
+                f"reads {self._info.context_length:,}. Shorten the prompt.",
+            )
+
+
+def template_of(model: LanguageModel, template: TemplateName | None, adapter: str | None = DEFAULT_ADAPTER) -> Template:
+    """Return the template that a batch asks for.
+
+    Args:
+        template: A name; None takes the spec's; ``auto`` takes what the adapter records, else the model's
+            chat template, else Alpaca.
+        adapter: The adapter that the batch's rows name.
+
+    Raises:
+        InvalidRequest: For an unknown adapter, or ``chat`` on a model without a chat template.
+    """
+    try:
+        used = model.info.adapter(adapter)
+    except RowRejected as error:
+        raise InvalidRequest(str(error)) from error
+    name = template or model.info.template
+    if name == "auto" and used is not None and used.template is not None:
+        name = used.template
+    if name == "auto":
+        name = "chat" if model.info.chat_template else "alpaca"
+    return Template(model, name)
+
+
+def user_text(name: str, value: object) -> str:
+    """Check one field of one row.
+
+    Raises:
+        RowRejected: With code ``not_text`` or ``empty_text``.
+    """
+    if not isinstance(value, str):
+        raise RowRejected(
+            "not_text",
+            f"{name} must be a string, but got {value!r:.80} ({type(value).__name__}). Convert it, or drop the row.",
+        )
+    if not value.strip():
+        raise RowRejected("empty_text", f"{name} must hold a visible character, but got {value!r:.80}. Drop the row.")
+    return value
+
+
+def with_labels(instruction: str, labels: Sequence[Label]) -> str:
+    """Name the choices in the instruction."""
+    return SHOW_LABELS.format(instruction=instruction, labels=", ".join(label.name.strip() for label in labels))
+
+
+def _fill(skeleton: _Skeleton, text: str) -> Iterable[int | str]:
+    text = text.lstrip() if skeleton.strip_left else text
+    text = text.rstrip() if skeleton.strip_right else text
+    return [part if isinstance(part, int) else text.join(part.split(_SLOT)) for part in skeleton.parts]
+
+
+@lru_cache(maxsize=32)
+def _chat_skeleton(chat_template: str, tokenizer: Tokenizer) -> _Skeleton:
+    """Render a chat template once, around a slot, so that only the template's own text is parsed for tokens."""
+    rendered = _render(chat_template, tokenizer, f" {_SLOT} ")
+    strip_left, strip_right = f" {_SLOT}" not in rendered, f"{_SLOT} " not in rendered
+    rendered = _render(chat_template, tokenizer, _SLOT)
+    if _SLOT not in rendered:
+        raise InvalidRequest("the model's chat template drops the user's message. Use template='alpaca' or 'raw'.")
+    return _Skeleton(tuple(tokenizer.split_controls(rendered)), strip_left, strip_right)
+
+
+def _render(chat_template: str, tokenizer: Tokenizer, content: str) -> str:
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    # No strftime_now: a prompt that names the day would change its answer overnight.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    names: dict[str, Any] = {
+        "messages": [{"role": "user", "content": content}],
+        "add_generation_prompt": True,
+        "bos_token": tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else "",
+        "eos_token": tokenizer.piece(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
+    }
+    try:
+        return environment.from_string(chat_template).render(names)
+    except jinja2.TemplateError as error:
+        raise InvalidRequest(
+            f"the model's chat template cannot write a single user message ({error}). Use template='alpaca' or 'raw'."
+        ) from error
+
+
+def _markers_of(skeleton: _Skeleton) -> frozenset[str]:
+    """Whole lines of the template's own text that no control token guards, such as ``<|user|>`` spelt as text."""
+    lines: set[str] = set()
+    for place, part in enumerate(skeleton.parts):
+        if isinstance(part, str):
+            guarded = place > 0
+            lines.update(line.rstrip() for line in part.splitlines()[int(guarded) :] if _SLOT not in line)
+    return frozenset(line for line in lines if line.strip())

@@ -1,0 +1,205 @@
+"""What a caller chooses: the model, the sampling, the labels. Frozen, validated, JSON."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from alpaca_core.errors import InvalidRequest
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+"""Name of the model that comes with the project, SmolLM2-135M-Instruct (Apache 2.0)."""
+
+TemplateName = Literal["auto", "chat", "alpaca", "alpaca-lora", "raw"]
+
+
+class Value(BaseModel):
+    """A frozen value that refuses unknown fields, NaN and infinity, and turns into JSON and back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NamedAdapter(Value):
+    """LoRA weights that rows may ask for by name, beside the spec's own adapter.
+
+    Args:
+        name: What a row says to get it.
+        source: Hub repository or local folder, in PEFT's format, safetensors.
+        revision: Commit of the hub repository; None takes the newest, and the status names its commit.
+    """
+
+    name: Annotated[str, Field(min_length=1, description="What a row says to get this adapter.")]
+    source: Annotated[str, Field(min_length=1, description="Hub repository or local folder of the LoRA weights.")]
+    revision: str | None = Field(default=None, description="Commit of the hub repository, pinned.")
+
+
+class ModelSpec(Value):
+    """The recipe of a model: small, hashable and JSON, so that it can cross a task's border.
+
+    Args:
+        base_model: A hub repository (``owner/name``), a local folder, a ``.gguf`` file, or
+            ``smollm2-135m-instruct``, the embedded model, which is the default.
+        revision: Commit of the hub repository. None takes the newest; the status names its commit.
+        adapter: LoRA weights that every row gets unless it says otherwise: hub repository or folder.
+        adapter_revision: Commit of the adapter's hub repository.
+        adapters: More LoRA weights, which rows ask for by name.
+        merge_adapter: Add the adapter into the base weights: faster, but rows can no longer choose.
+        quantization: ``int8`` or ``nf4`` by bitsandbytes (LLM.int8(), arXiv 2208.07339, at threshold 0;
+            QLoRA, arXiv 2305.14314), or ``none``.
+        dtype: Of weights and activations; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        device_map: transformers' placement over several devices, such as ``auto``; excludes `device`.
+        template: ``auto`` takes what the adapter records, else the model's chat template, else Alpaca.
+            ``alpaca`` ends in ``### Response:``, ``alpaca-lora`` in that and a newline; ``raw`` adds nothing.
+        batch_size: Rows computed together at most.
+
+    Raises:
+        pydantic.ValidationError: For an unknown field, or fields that contradict one another.
+
+    Example:
+        >>> ModelSpec().base_model
+        'smollm2-135m-instruct'
+        >>> ModelSpec.preset("alpaca-7b").adapter
+        'tloen/alpaca-lora-7b'
+    """
+
+    base_model: str = Field(
+        default=EMBEDDED_MODEL,
+        min_length=1,
+        description="Hub repository (owner/name), local folder, .gguf file, or smollm2-135m-instruct (embedded).",
+    )
+    revision: str | None = Field(default=None, description="Commit of the hub repository, pinned.")
+    adapter: str | None = Field(default=None, description="LoRA weights: hub repository or local folder.")
+    adapter_revision: str | None = Field(default=None, description="Commit of the adapter's hub repository, pinned.")
+    adapters: tuple[NamedAdapter, ...] = Field(default=(), description="More LoRA weights, which rows name.")
+    merge_adapter: bool = Field(default=False, description="Add the adapter into the base weights.")
+    quantization: Literal["none", "int8", "nf4"] = Field(default="none", description="bitsandbytes quantization.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    device_map: str | None = Field(
+        default=None, description="transformers' placement over several devices, such as auto."
+    )
+    template: TemplateName = Field(
+        default="auto", description="Prompt template; auto asks the adapter, then the model."
+    )
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Rows computed together at most.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.revision and self.base_model == EMBEDDED_MODEL:
+            raise ValueError("revision is for hub repositories, but base_model is the embedded model. Drop revision.")
+        if self.adapter_revision and not self.adapter:
+            raise ValueError(f"adapter_revision is {self.adapter_revision!r}, but there is no adapter. Name one.")
+        if self.merge_adapter and not self.adapter:
+            raise ValueError("merge_adapter=True needs an adapter, but adapter is None. Name one.")
+        if self.merge_adapter and self.adapters:
+            raise ValueError("merge_adapter=True leaves no clean base for the other adapters. Drop one of the two.")
+        if self.merge_adapter and self.quantization != "none":
+            raise ValueError(
+                f"merge_adapter=True would round the weights of {self.quantization} twice. "
+                'Use quantization="none", or leave the adapter beside the base.'
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"device_map={self.device_map!r} places the model, so device={self.device!r} has no say.")
+        names = [adapter.name for adapter in self.adapters]
+        if len({*names, "default"}) != len(names) + 1:
+            raise ValueError(f"adapter names must be unique, and 'default' is the spec's own; got {names}.")
+        return self
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return a named recipe.
+
+        Args:
+            name: ``embedded``, or ``alpaca-7b``: LLaMA-7B in 8 bits with the Alpaca-LoRA adapter.
+
+        Raises:
+            InvalidRequest: For any other name.
+        """
+        if name not in _PRESETS:
+            raise InvalidRequest(f"there is no preset {name!r}. Choose one of: {', '.join(sorted(_PRESETS))}.")
+        return cls.model_validate(_PRESETS[name])
+
+
+_PRESETS: dict[str, dict[str, str]] = {
+    "embedded": {},
+    "alpaca-7b": {
+        "base_model": "huggyllama/llama-7b",
+        "adapter": "tloen/alpaca-lora-7b",
+        "quantization": "int8",
+    },
+}
+
+
+class Sampling(Value):
+    """How the next token is chosen. None means unset; what would have no effect is refused.
+
+    Temperature divides the logits; top-k keeps the k likeliest tokens; top-p then keeps the likeliest
+    that together reach p (nucleus sampling, arXiv 1904.09751, section 3.1), in transformers' order and
+    with its definitions. With beams, a temperature above 0 samples beams by the row's own noise.
+
+    Args:
+        temperature: 0 is greedy; 1 samples the model's own distribution.
+        top_k: Keep the k likeliest tokens, at least 1.
+        top_p: Keep the likeliest tokens up to this mass, above 0 and below 1.
+        num_beams: Beams kept side by side; 1 is no beam search.
+        max_new_tokens: Most tokens of one response.
+        seed: Of the row's noise: the same seed, prompt and sample index give the same tokens.
+
+    Raises:
+        pydantic.ValidationError: For values out of range, or ``top_k``/``top_p`` at temperature 0.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).num_beams
+        1
+    """
+
+    temperature: float = Field(default=0.0, ge=0.0, description="0 is greedy; 1 samples the model's own distribution.")
+    top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
+    top_p: float | None = Field(default=None, gt=0.0, lt=1.0, description="Keep the likeliest tokens up to this mass.")
+    num_beams: int = Field(default=1, ge=1, le=64, description="Beams kept side by side; 1 is no beam search.")
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of one response.")
+    seed: int = Field(default=0, ge=0, lt=2**64, description="Same seed, prompt and sample index: same tokens.")
+
+    @model_validator(mode="after")
+    def _effective(self) -> Self:
+        for name in ("top_k", "top_p"):
+            value = getattr(self, name)
+            if self.temperature == 0 and value is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect at temperature 0, which always takes the likeliest token. "
+                    f"Set a temperature above 0, or leave {name} unset."
+                )
+        return self
+
+
+GREEDY = Sampling()
+"""The likeliest token each time, at most 256 of them."""
+
+
+class Label(Value):
+    """One choice of a judgment, and other words that mean the same.
+
+    Args:
+        name: How results call it, and its first spelling.
+        aliases: Other words for it; each counts in all its spellings.
+
+    Raises:
+        pydantic.ValidationError: If the name or an alias is blank.
+    """
+
+    name: str = Field(description="How results call this label.")
+    aliases: tuple[str, ...] = Field(default=(), description="Other words that mean the same.")
+
+    @field_validator("name", "aliases")
+    @classmethod
+    def _not_blank(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in (value,) if isinstance(value, str) else value:
+            if not text.strip():
+                raise ValueError(f"a label is a word or words, but got {text!r}. Drop it, or name it.")
+        return value
+
+
+YES_NO = (Label(name="Yes", aliases=("y", "true")), Label(name="No", aliases=("n", "false")))
+"""The labels of a judgment that names none."""
