@@ -168,13 +168,14 @@ def _find(tokenizer: Tokenizer, labels: tuple[Label, ...], tail: tuple[int, ...]
     meant: dict[tuple[int, ...], set[int]] = {}
     for index, label in enumerate(labels):
         for form in forms(label):
-            found = [tokenizer.continuation(tail, form)]
+            canonical = tokenizer.continuation(tail, form)
+            # A vocabulary that lacks a character may drop it without a word; then these tokens say something else.
+            found = [canonical] if meaning(tokenizer.decode(canonical)) == meaning(form) else []
             found += [(token,) for token in tokenizer.ids_by_meaning.get(meaning(form), ())]
             if all_segmentations:
                 found += _segmentations(tokenizer, form)
             for sequence in found:
-                if sequence and not any(tokenizer.is_special(token) for token in sequence):
-                    meant.setdefault(sequence, set()).add(index)
+                meant.setdefault(sequence, set()).add(index)
             if len(meant) > MAX_NODES:
                 raise TooManySpellings(
                     f"all segmentations may have {MAX_NODES:,} nodes, but {label.name!r} goes beyond. "

@@ -100,11 +100,7 @@ def conclude(
 
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
-_MARKED = re.compile(
-    r"(?:####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=)|\b(?:therefore|thus|so|hence),?\s+the\s+\w+\s+is)"
-    r"\s*:?\s*(?P<answer>[^\n]+)",
-    re.IGNORECASE,
-)
+_MARKER = re.compile(r"(?:####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=))\s*:?\s*(?=\S)", re.IGNORECASE)
 _SHORT = 5
 
 
@@ -128,10 +124,10 @@ def final_answer(text: str) -> str | None:
         >>> final_answer("One could see this in many ways, and none is better.") is None
         True
     """
-    marked = list(_MARKED.finditer(text))
-    if marked:
-        answer = re.split(r"\}|[.!?](?:\s|$)", marked[-1]["answer"].strip())[0]
-        return _bare(answer) or None
+    markers = list(_MARKER.finditer(text))
+    if markers:
+        announced = text[markers[-1].end() :]
+        return _bare(re.split(r"\n|\}|[.!?](?:\s|$)", announced)[0]) or None
     if len(text.split()) <= _SHORT:
         return _bare(text) or None
     numbers = {_bare(number) for number in re.findall(_NUMBER, text)}

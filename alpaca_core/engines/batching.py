@@ -2,11 +2,25 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class Forward(Protocol):
+    """A network as the loops see it: with the batch's adapter chosen.
+
+    Args, in order: token ids ``(batch, new)``; their positions; which tokens may be seen, ``(batch, time)``
+    of all tokens so far, or ``(batch, 1, new, time)`` for each new one; the cache; how many of the last
+    new tokens logits are wanted of, 0 for all.
+
+    Returns float32 logits of shape ``(batch, kept, vocab)``.
+    """
+
+    def __call__(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None, keep: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +99,14 @@ class GrowingLayer(DynamicLayer):
         """Add tokens, and return all keys and all values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self._stores = [states[..., :0, :] for states in (key_states, value_states)]
         used = self.get_seq_length()
         end = used + key_states.shape[-2]
-        if not self._stores or end > self._stores[0].shape[-2]:
-            held = [store[..., :used, :] for store in self._stores]
-            self._stores = [
-                added.new_empty((*added.shape[:-2], end + self._room, added.shape[-1]))
-                for added in (key_states, value_states)
-            ]
-            for store, old in zip(self._stores, held, strict=bool(held)):
-                store[..., :used, :] = old
-        for store, added in zip(self._stores, (key_states, value_states), strict=True):
-            store[..., used:end, :] = added
-        self._show(end)
-        return self.keys, self.values
+        if end > self._stores[0].shape[-2]:
+            self._stores = [self._grown(store, used, end + self._room) for store in self._stores]
+        for store, states in zip(self._stores, (key_states, value_states), strict=True):
+            store[..., used:end, :] = states
+        return self._show(end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these lanes, in this order; one may come more than once."""
@@ -106,5 +114,17 @@ class GrowingLayer(DynamicLayer):
         self._stores = [store.index_select(0, beam_idx.to(store.device)) for store in self._stores]
         self._show(used)
 
-    def _show(self, used: int) -> None:
-        self.keys, self.values = (store[..., :used, :] for store in self._stores)
+    @staticmethod
+    def _grown(store: Tensor, used: int, size: int) -> Tensor:
+        grown = store.new_empty((*store.shape[:-2], size, store.shape[-1]))
+        grown[..., :used, :] = store[..., :used, :]
+        return grown
+
+    def _show(self, used: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values = self._stores[0][..., :used, :], self._stores[1][..., :used, :]
+        return keys, values
+
+
+def growing_cache(room: int) -> Cache:
+    """Make an empty key-value cache of `GrowingLayer`, one for each layer that the model turns out to have."""
+    return Cache(layer_class_to_replicate=cast(type[GrowingLayer], partial(GrowingLayer, room)))

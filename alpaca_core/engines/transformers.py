@@ -1,0 +1,171 @@
+"""`LanguageModel` on transformers, the default: any causal LM of the Hub's library, PEFT adapters beside it."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from alpaca_core.engines.batching import Forward, Job, batches
+from alpaca_core.engines.decoding import Decoding, Reply
+from alpaca_core.engines.scoring import score
+from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
+from alpaca_core.tokenizer import Tokenizer
+
+_Row = TypeVar("_Row", GenerateRow, ScoreRow)
+
+
+class TransformersModel:
+    """A loaded network that generates and scores.
+
+    Several threads may use it at once: choosing an adapter, which PEFT does for the whole network, and the
+    forward pass that relies on it are one step under a lock. No lock is held while a result is out.
+
+    Args:
+        network: A causal LM, or the `PeftModel` around it with the adapters that `info` names.
+        tokenizer: The model's.
+        info: What the model is.
+        batch_size: Sequences computed together at most; a row with beams counts as many.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int = 32
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._network: Any = network.eval()
+        self._adapted = isinstance(network, PeftModel)
+        self._chosen: str | None = ""  # no adapter has this name
+        self._lock = Lock()
+        embedding: Any = network.get_input_embeddings()
+        # accelerate leaves offloaded weights on "meta", and its hook knows where they are computed
+        hook = getattr(embedding, "_hf_hook", None)
+        self._device = torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
+        self._dtype: torch.dtype = embedding.weight.dtype
+
+    def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
+        """Generate one response for each row; each comes out as soon as it has ended."""
+
+        def job(index: int, row: GenerateRow) -> Job:
+            self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
+            return Job(index, self._adapter(row), len(row.prompt_ids), row.sampling.num_beams)
+
+        jobs: list[Job] = []
+        yield from _refused(rows, job, jobs)
+        for batch in batches(jobs, self._batch_size):
+            members = [rows[index] for index in batch]
+            decoding = Decoding(self._forward(members[0]), members, self.info.eos_ids, self._device)
+            while decoding.live:
+                for place, outcome in decoding.step():
+                    yield batch[place], self._completion(members[place], outcome)
+
+    def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
+        """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
+
+        def job(index: int, row: ScoreRow) -> Job:
+            trie = row.continuations
+            self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
+            two_passes = any(parent >= 0 for parent in trie.parents)
+            return Job(index, (self._adapter(row), two_passes), len(row.prompt_ids))
+
+        jobs: list[Job] = []
+        yield from _refused(rows, job, jobs)
+        for batch in batches(jobs, self._batch_size):
+            members = [rows[index] for index in batch]
+            for index, outcome in zip(batch, score(self._forward(members[0]), members, self._device), strict=True):
+                yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
+
+    def close(self) -> None:
+        """Free the memory of the weights. Iterators that are still open raise at their next step."""
+        with self._lock:
+            self._network = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(self, row: _Row, new_tokens: int, setting: str, continuation: Iterable[int] = ()) -> None:
+        """Refuse what the network would fail on, or answer wrongly; an id out of range ends a CUDA context."""
+        if not row.prompt_ids:
+            raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
+        check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
+        for token in (*row.prompt_ids, *continuation):
+            if not 0 <= token < self.info.vocab_size:
+                raise RowRejected(
+                    "not_text",
+                    f"a token id lies between 0 and {self.info.vocab_size - 1:,}, but got {token}. Check the id.",
+                )
+        if row.adapter is None and self.info.adapters and not self._adapted:
+            raise RowRejected(
+                "unknown_adapter",
+                "a row asks for the bare base, but the adapter is merged into it. Load with merge_adapter=False.",
+            )
+
+    def _adapter(self, row: GenerateRow | ScoreRow) -> str | None:
+        """The PEFT name of what the row asks for; None is the bare base."""
+        found = self.info.adapter(row.adapter)
+        return found.name if found and self._adapted else None
+
+    def _forward(self, row: GenerateRow | ScoreRow) -> Forward:
+        return partial(self._logits, self._adapter(row))
+
+    def _logits(
+        self, adapter: str | None, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None, keep: int
+    ) -> Tensor:
+        if seen.dim() == 4:
+            # Eager attention adds the mask, so it cannot be of bools; infinity would make NaN of empty rows.
+            seen = torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min)
+        with self._lock:
+            if self._network is None:
+                raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
+            self._choose(adapter)
+            output = self._network(
+                input_ids=ids,
+                attention_mask=seen,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=keep,
+            )
+        return output.logits.to(self._device, torch.float32)  # type: ignore[no-any-return]
+
+    def _choose(self, adapter: str | None) -> None:
+        """Make the network use this adapter; a walk over all its modules, so only where it changes."""
+        if not self._adapted or adapter == self._chosen:
+            return
+        if adapter is None:
+            self._network.base_model.disable_adapter_layers()
+        else:
+            self._network.base_model.enable_adapter_layers()
+            self._network.set_adapter(adapter, inference_mode=True)
+        self._chosen = adapter
+
+    def _completion(self, row: GenerateRow, outcome: Reply | RowRejected) -> Completion | RowError:
+        if isinstance(outcome, RowRejected):
+            return RowError.of(outcome)
+        tokens = tuple(token for token in outcome.token_ids if not self.tokenizer.is_special(token))
+        return Completion(
+            text=self.tokenizer.decode(tokens),
+            token_ids=tokens,
+            finish_reason="stop" if outcome.stopped else "length",
+            prompt_tokens=len(row.prompt_ids),
+            completion_tokens=len(tokens),
+        )
+
+
+def _refused(
+    rows: Sequence[_Row], job: Callable[[int, _Row], Job], jobs: list[Job]
+) -> Iterator[tuple[int, RowError]]:
+    """Put the jobs of good rows into `jobs`, and give out the errors of the others."""
+    for index, row in enumerate(rows):
+        try:
+            jobs.append(job(index, row))
+        except RowRejected as rejection:
+            yield index, RowError.of(rejection)
