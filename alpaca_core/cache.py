@@ -169,7 +169,7 @@ def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) ->
         if again or not unchanged:
             found = sha256_of(path)
             if unchanged and found != digest or not _is_named_so(path, found):
-                raise DigestMismatch(f"{path} must keep its bytes, but they have changed on the disk. Fetch it again.")
+                raise DigestMismatch(f"{path} must keep its bytes, but they have changed on the disk. Fetch or import it again.")
             digest = found
         now[name] = [stat.st_size, stat.st_mtime_ns, digest]
     if now != {name: kept.get(name) for name in now}:

@@ -27,6 +27,7 @@ _BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 _READ = (
     "config.json",
     "generation_config.json",
+    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -75,15 +76,14 @@ class Checkpoint:
 
     def open_tokenizer(self) -> Tokenizer:
         """Open the tokenizer; a response ends at any token that one of the model's files says ends it."""
-        tokenizer = Tokenizer.from_file(self.tokenizer / "tokenizer.json")
+        path = self.tokenizer / "tokenizer.json"
         named = self._settings("tokenizer_config.json").get("eos_token")
         spelling = named.get("content") if isinstance(named, dict) else named
-        ends = {tokenizer.special_ids[spelling]} if spelling in tokenizer.special_ids else set()
+        ends = {token["id"] for token in read_json(path).get("added_tokens", []) if token["content"] == spelling}
         for name in ("config.json", "generation_config.json"):
             listed = read_json(self.folder / name).get("eos_token_id") if (self.folder / name).exists() else None
             ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
-        tokenizer.eos_ids = tuple(sorted(ends))
-        return tokenizer
+        return Tokenizer.from_file(path, sorted(ends))
 
     def _settings(self, name: str) -> dict[str, Any]:
         path = self.tokenizer / name
@@ -220,7 +220,7 @@ def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Conv
         )
     if "config.json" not in present:
         raise InvalidCheckpoint(f"a checkpoint needs config.json, but {folder} has none. Name a folder that holds one.")
-    weights = _weights(folder)
+    weights = _weights(folder, commit)
     sha256 = known_digests(folder, [*weights, *present.intersection(_READ)], again=again)
     tokenizer = folder
     if "tokenizer.json" not in present:
@@ -240,7 +240,7 @@ def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Conv
     return Checkpoint(name, folder, tuple(weights), tokenizer, sha256, commit)
 
 
-def _weights(folder: Path) -> list[str]:
+def _weights(folder: Path, commit: str | None = None) -> list[str]:
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -249,14 +249,14 @@ def _weights(folder: Path) -> list[str]:
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).exists():
                 raise InvalidCheckpoint(f"{index} names {shard!r}, which is not in its folder. Fetch the model again.")
-        return [*shards, index.name]
+        return shards
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
-    if pickles:
+    if pickles or commit:
         raise UnsafeCheckpoint(
-            f"weights are read from safetensors only, but {folder} holds {pickles[0]}, a pickle, which can run code. "
-            "Use a repository that has model.safetensors, or ask its publisher for one."
+            f"weights are read from safetensors, but {folder} has {pickles[0] if pickles else 'none'}; "
+            "a pickle (.bin, .pt) can run code, and is neither downloaded nor opened. "
+            "Use a repository that publishes model.safetensors."
         )
     raise InvalidCheckpoint(
-        f"weights are read from model.safetensors or its shards, but {folder} has neither. "
-        "Use a repository that publishes them; pickles (.bin, .pt) are not downloaded."
+        f"weights are read from model.safetensors or its shards, but {folder} has neither. Put them there."
     )

@@ -51,6 +51,9 @@ SHOW_LABELS = "{instruction}\nAnswer with one of: {labels}."
 
 _SLOT = "\N{OBJECT REPLACEMENT CHARACTER}user text\N{OBJECT REPLACEMENT CHARACTER}"
 
+_BLANK = "\N{EM SPACE}"
+"""White space that no template has of its own: whether it is left shows whether the template strips."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -192,8 +195,8 @@ def _fill(skeleton: _Skeleton, text: str) -> Iterable[int | str]:
 @lru_cache(maxsize=32)
 def _chat_skeleton(chat_template: str, tokenizer: Tokenizer) -> _Skeleton:
     """Render a chat template once, around a slot, so that only the template's own text is parsed for tokens."""
-    rendered = _render(chat_template, tokenizer, f" {_SLOT} ")
-    strip_left, strip_right = f" {_SLOT}" not in rendered, f"{_SLOT} " not in rendered
+    rendered = _render(chat_template, tokenizer, f"{_BLANK}{_SLOT}{_BLANK}")
+    strip_left, strip_right = f"{_BLANK}{_SLOT}" not in rendered, f"{_SLOT}{_BLANK}" not in rendered
     rendered = _render(chat_template, tokenizer, _SLOT)
     if _SLOT not in rendered:
         raise InvalidRequest("the model's chat template drops the user's message. Use template='alpaca' or 'raw'.")

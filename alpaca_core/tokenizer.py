@@ -162,11 +162,15 @@ class Tokenizer:
         return tuple(tail)
 
     def _continuation(self, tail: tuple[int, ...], text: str) -> tuple[int, ...]:
-        before = self.decode(tail)
-        if _REPLACEMENT not in before and (ids := self.encode(before, "inside")) == list(tail):
-            whole = self.encode(before + text, "inside")
-            if whole[: len(ids)] == ids:
-                return tuple(whole[len(ids) :])
+        # A tail that begins in mid-word, or with half a character, does not encode to itself: begin later.
+        for start in range(len(tail)):
+            ids = list(tail[start:])
+            before = self.decode(ids)
+            if _REPLACEMENT not in before and self.encode(before, "inside") == ids:
+                whole = self.encode(before + text, "inside")
+                if whole[: len(ids)] == ids:
+                    return tuple(whole[len(ids) :])
+                break
         return tuple(self.encode(text, "inside"))
 
     @cached_property

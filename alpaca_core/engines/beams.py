@@ -10,7 +10,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from alpaca_core.engines.noise import RowKey, gumbel
 from alpaca_core.engines.sampling import Warper
 from alpaca_core.spec import Sampling
 
@@ -24,7 +23,6 @@ class Beams:
     Args:
         sampling: The row's settings. With a temperature above 0, candidates are drawn without
             replacement by Gumbel-top-k, where greedy search takes the best.
-        key: Name of the row's noise.
         eos_ids: Tokens that end a hypothesis.
         device: Of the logits.
 
@@ -32,19 +30,19 @@ class Beams:
         parents: For each live beam, which of the beams before it continues.
         tails: For each live beam, its last token.
         done: Whether the search is over; then `tokens` is the best hypothesis.
+        sampled: Whether steps need noise.
     """
 
-    def __init__(self, sampling: Sampling, key: RowKey, eos_ids: Collection[int], device: torch.device) -> None:
+    def __init__(self, sampling: Sampling, eos_ids: Collection[int], device: torch.device) -> None:
         self.parents: list[int] = [0]
         self.tails: list[int] = []
         self.done = False
         self._sampling = sampling
         self._eos_ids = frozenset(eos_ids)
-        self._key = torch.tensor([key], dtype=torch.long, device=device)
         # Each beam offers its ending tokens and one more at least, so that a beam lives on.
         self._offers = 1 + max(1, len(self._eos_ids))
-        warps = sampling.temperature > 0
-        self._warper = Warper([sampling], device, min_keep=1 + len(self._eos_ids)) if warps else None
+        self.sampled = sampling.temperature > 0
+        self._warper = Warper([sampling], device, min_keep=1 + len(self._eos_ids)) if self.sampled else None
         self._live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         self._ended: list[tuple[float, tuple[int, ...]]] = []
 
@@ -53,11 +51,14 @@ class Beams:
         """The best hypothesis that has ended."""
         return self._ended[0][1]
 
-    def advance(self, logits: Tensor) -> None:
-        """Take one step, by logits of shape ``(beams, vocab)`` after each live beam."""
+    def advance(self, logits: Tensor, noise: Tensor | None) -> None:
+        """Take one step, by logits of shape ``(beams, vocab)`` after each live beam.
+
+        With `noise`, standard Gumbel, one number for each of the logits in their order, it is sampled.
+        """
         width, length = self._sampling.num_beams, len(self._live[0][1]) + 1
         live, self.parents = [], []
-        for rank, (score, beam, token) in enumerate(self._candidates(logits, length - 1)):
+        for rank, (score, beam, token) in enumerate(self._candidates(logits, noise)):
             path = (*self._live[beam][1], token)
             if token in self._eos_ids or length == self._sampling.max_new_tokens:
                 if rank < width:
@@ -72,14 +73,14 @@ class Beams:
         full = len(self._ended) == width
         self.done = not live or (full and live[0][0] / length <= self._ended[-1][0])
 
-    def _candidates(self, logits: Tensor, position: int) -> list[tuple[float, int, int]]:
+    def _candidates(self, logits: Tensor, noise: Tensor | None) -> list[tuple[float, int, int]]:
         """Score, beam and token of the candidates, in the order in which they are taken."""
         scores = logits.log_softmax(-1)
         if self._warper:
             scores = self._warper(scores)
         before = torch.tensor([score for score, _ in self._live], dtype=scores.dtype, device=scores.device)
         scores = (scores + before[:, None]).flatten()  # (beams * vocab,)
-        order = scores + gumbel(self._key, position, len(scores))[0] if self._warper else scores
+        order = scores if noise is None else scores + noise[: len(scores)]
         taken = order.topk(min(self._offers * self._sampling.num_beams, len(scores))).indices
         pairs = zip(scores[taken].tolist(), taken.tolist(), strict=True)
         return [(score, *divmod(place, logits.shape[-1])) for score, place in pairs if score > -torch.inf]

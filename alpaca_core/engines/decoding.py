@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alpaca_core.engines.batching import Forward, growing_cache, pad_left
 from alpaca_core.engines.beams import Beams
-from alpaca_core.engines.noise import RowKey, row_key
+from alpaca_core.engines.noise import gumbel, row_key
 from alpaca_core.engines.sampling import Sampler
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import GenerateRow
@@ -29,16 +29,16 @@ class Reply:
 class _Line:
     """A row without beams: one lane, whose tokens the sampler chooses together with those of other lines."""
 
-    def __init__(self, sampling: Sampling, key: RowKey, eos_ids: Collection[int]) -> None:
-        self.sampling, self.key = sampling, key
+    def __init__(self, sampling: Sampling, eos_ids: Collection[int]) -> None:
+        self.sampling = sampling
         self.parents, self.tails = [0], [0]
         self.done = False
-        self.tokens: tuple[int, ...] = ()
+        self.tokens: list[int] = []
         self._eos_ids = eos_ids
 
     def append(self, token: int) -> None:
         self.tails = [token]
-        self.tokens += (token,)
+        self.tokens.append(token)
         self.done = token in self._eos_ids or len(self.tokens) == self.sampling.max_new_tokens
 
 
@@ -62,7 +62,8 @@ class Decoding:
         self._device = device
         self._ids, self._seen, self._positions = pad_left([row.prompt_ids for row in rows], device)
         self._cache = growing_cache(_ROOM)
-        self._live = [(place, self._start(row)) for place, row in enumerate(rows)]
+        self._keys = [row_key(row.sampling.seed, row.prompt_ids, row.sample_index) for row in rows]
+        self._live = [(place, self._start(row.sampling)) for place, row in enumerate(rows)]
         self._sampler: Sampler | None = None
         self._length = 0  # tokens of response so far
 
@@ -71,18 +72,17 @@ class Decoding:
         """Whether a row is still running."""
         return bool(self._live)
 
-    def _start(self, row: GenerateRow) -> _Line | Beams:
-        key = row_key(row.sampling.seed, row.prompt_ids, row.sample_index)
-        if row.sampling.num_beams > 1:
-            return Beams(row.sampling, key, self._eos_ids, self._device)
-        return _Line(row.sampling, key, self._eos_ids)
+    def _start(self, sampling: Sampling) -> _Line | Beams:
+        if sampling.num_beams > 1:
+            return Beams(sampling, self._eos_ids, self._device)
+        return _Line(sampling, self._eos_ids)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Reply | RowRejected]]:
         """Generate one token a lane; return the rows that ended, by their place in the batch."""
         logits = self._forward(self._ids, self._positions, self._seen, self._cache, 1)[:, -1]  # L, V
         finite = logits.isfinite().all(-1).tolist()
-        chosen = self._choose(logits)
+        chosen, noise = self._choose(logits), self._noise(logits.shape[-1])
         ended: list[tuple[int, Reply | RowRejected]] = []
         live, lanes, first = [], [], 0
         for place, row in self._live:
@@ -91,12 +91,12 @@ class Decoding:
                 ended.append((place, _not_finite(self._length)))
             else:
                 if isinstance(row, Beams):
-                    row.advance(logits[first:last])
+                    row.advance(logits[first:last], noise.get(place))
                 else:
                     row.append(chosen[first])
                 if row.done:
                     stopped = row.tokens[-1] in self._eos_ids
-                    ended.append((place, Reply(row.tokens[:-1] if stopped else row.tokens, stopped)))
+                    ended.append((place, Reply(tuple(row.tokens[:-1] if stopped else row.tokens), stopped)))
                 else:
                     live.append((place, row))
                     lanes += [first + parent for parent in row.parents]
@@ -112,17 +112,24 @@ class Decoding:
     def _choose(self, logits: Tensor) -> dict[int, int]:
         """Choose the next token of the lines; by lane."""
         lines, first = {}, 0
-        for _, row in self._live:
+        for place, row in self._live:
             if isinstance(row, _Line):
-                lines[first] = row
+                lines[first] = row.sampling, self._keys[place]
             first += len(row.parents)
         if not lines:
             return {}
         if self._sampler is None:
-            settings, keys = zip(*((line.sampling, line.key) for line in lines.values()), strict=True)
+            settings, keys = zip(*lines.values(), strict=True)
             self._sampler = Sampler(settings, keys, self._device)
         mine = logits if len(lines) == first else logits[list(lines)]
         return dict(zip(lines, self._sampler(mine, self._length), strict=True))
+
+    def _noise(self, vocab: int) -> dict[int, Tensor]:
+        """Draw the noise of all sampled beams at once; by place."""
+        drawn = {place: len(row.parents) for place, row in self._live if isinstance(row, Beams) and row.sampled}
+        keys = torch.tensor([self._keys[place] for place in drawn], dtype=torch.long, device=self._device)
+        size = max(drawn.values(), default=0) * vocab
+        return dict(zip(drawn, gumbel(keys.view(-1, 4), self._length, size), strict=True)) if drawn else {}
 
     def _follow(self, lanes: list[int], tokens: list[int]) -> None:
         """Make the next step's input: which lanes go on, and with what."""

@@ -45,11 +45,12 @@ def score(
     edges.read(logits, first=-1)
     if count:
         tokens, above, depths = _slot_tables(rows, inner, slots, device)
-        depth, width = int(depths.max()), max(1, most_logits // logits[:, 0].numel())
-        for part in torch.arange(count, device=device).split(width):
-            visible = _visible(seen, above, part, depth)
-            logits = forward(tokens[:, part], positions[:, -1:] + depths[:, part], visible[:, None], cache, 0)
-            edges.read(logits, first=int(part[0]))
+        places = positions[:, -1:] + depths
+        deepest, width = int(depths.max()), max(1, most_logits // logits.numel())
+        for first in range(0, count, width):
+            last = min(first + width, count)
+            visible = _visible(seen, above, first, last, deepest)
+            edges.read(forward(tokens[:, first:last], places[:, first:last], visible, cache, 0), first)
     return edges.results()
 
 
@@ -98,19 +99,19 @@ def _slot_tables(
         depths.append([deep[node] for node in nodes])
         parents = [slot[trie.parents[node]] for node in nodes] + [-1] * (count - len(nodes))
         above.append([own if parent < 0 else parent for own, parent in enumerate(parents)])
-    fill = [row.prompt_ids[-1] for row in rows]
-    return _table(tokens, fill, device), _table(above, fill, device), _table(depths, [1] * len(rows), device)
+    ones = [1] * len(rows)
+    spare = [row.prompt_ids[-1] for row in rows]
+    return _table(tokens, spare, device), _table(above, ones, device), _table(depths, ones, device)
 
 
-def _visible(seen: Tensor, above: Tensor, part: Tensor, depth: int) -> Tensor:
-    """What the slots of `part` may see: the prompt, their ancestors and themselves; ``(batch, part, time)``."""
-    prompt = seen.shape[1]
-    own = seen.new_zeros((len(seen), len(part), int(part[-1]) + 1))
-    reached = part.expand(len(seen), -1)  # B, C
-    for _ in range(depth):
+def _visible(seen: Tensor, above: Tensor, first: int, last: int, deepest: int) -> Tensor:
+    """What slots see: the prompt, their ancestors and themselves; ``(batch, 1, last - first, time)``."""
+    own = seen.new_zeros((len(seen), last - first, last))
+    reached = torch.arange(first, last, device=seen.device).expand(len(seen), -1)  # B, C
+    for _ in range(deepest):
         own.scatter_(2, reached[:, :, None], True)
         reached = above.gather(1, reached)
-    return torch.cat([seen[:, None, :].expand(-1, len(part), prompt), own], dim=-1)
+    return torch.cat([seen[:, None].expand(-1, last - first, -1), own], dim=-1)[:, None]
 
 
 def _table(lists: Sequence[Sequence[int]], fill: Sequence[int], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """`LanguageModel` on transformers, the default: any causal LM of the Hub's library, PEFT adapters beside it."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
@@ -91,17 +91,17 @@ class TransformersModel:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _check(self, row: _Row, new_tokens: int, setting: str, continuation: Iterable[int] = ()) -> None:
+    def _check(self, row: _Row, new_tokens: int, setting: str, continuation: Sequence[int] = ()) -> None:
         """Refuse what the network would fail on, or answer wrongly; an id out of range ends a CUDA context."""
         if not row.prompt_ids:
             raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
         check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
-        for token in (*row.prompt_ids, *continuation):
-            if not 0 <= token < self.info.vocab_size:
-                raise RowRejected(
-                    "not_text",
-                    f"a token id lies between 0 and {self.info.vocab_size - 1:,}, but got {token}. Check the id.",
-                )
+        vocab = self.info.vocab_size
+        strange = [token for tokens in (row.prompt_ids, continuation) for token in tokens if not 0 <= token < vocab]
+        if strange:
+            raise RowRejected(
+                "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange[0]}. Check the id."
+            )
         if row.adapter is None and self.info.adapters and not self._adapted:
             raise RowRejected(
                 "unknown_adapter",
@@ -160,9 +160,7 @@ class TransformersModel:
         )
 
 
-def _refused(
-    rows: Sequence[_Row], job: Callable[[int, _Row], Job], jobs: list[Job]
-) -> Iterator[tuple[int, RowError]]:
+def _refused(rows: Sequence[_Row], job: Callable[[int, _Row], Job], jobs: list[Job]) -> Iterator[tuple[int, RowError]]:
     """Put the jobs of good rows into `jobs`, and give out the errors of the others."""
     for index, row in enumerate(rows):
         try:

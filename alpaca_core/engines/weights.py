@@ -1,0 +1,232 @@
+"""From a recipe to a network on its device, with every check that transformers leaves out.
+
+`from_pretrained` gives no exception for missing tensors (it makes them up), NaN, or a wrong layer count.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
+
+from alpaca_core.adapters import Adapter, find_adapters
+from alpaca_core.cache import digest_of
+from alpaca_core.checkpoints import Checkpoint, find_base, read_json
+from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
+from alpaca_core.engines.lora import attach, merge
+from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
+from alpaca_core.model import ModelInfo
+from alpaca_core.spec import ModelSpec
+from alpaca_core.tokenizer import Tokenizer
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What an engine runs: the network, its tokenizer, and what both are."""
+
+    network: PreTrainedModel | PeftModel
+    tokenizer: Tokenizer
+    info: ModelInfo
+
+
+def load_weights(spec: ModelSpec) -> Weights:
+    """Load a spec's base model and adapters onto their device.
+
+    Raises:
+        LoadError: As `alpaca_core.loading.load_model`.
+    """
+    start = time.perf_counter()
+    device = _device(spec)
+    dtype = _dtype(spec, device)
+    base, adapters = find(spec)
+    tokenizer = base.open_tokenizer()
+    _check_memory(spec, base, device, dtype)
+    network: PreTrainedModel | PeftModel = _network(spec, base, device, dtype)
+    if adapters:
+        network = attach(network, adapters, dtype)
+    if spec.merge_adapter:
+        network = merge(network)
+    network.eval().requires_grad_(False)
+    quantized = spec.quantization != "none"
+    # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
+    stored = ((name, file.get_tensor(name)) for name, file in _tensors(base, device))
+    _check_finite(stored if quantized else network.named_parameters(), base, dtype)
+    config = network.config
+    named = {
+        "base": base.digest,
+        "adapters": {adapter.info.name: adapter.info.digest for adapter in adapters},
+        "quantization": spec.quantization,
+        "dtype": str(dtype),
+        "merge_adapter": spec.merge_adapter,
+    }
+    info = ModelInfo(
+        name=base.name,
+        digest=digest_of(named),
+        engine="transformers",
+        device=str(device) if spec.device_map is None else spec.device_map,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=spec.quantization,
+        context_length=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        eos_ids=tokenizer.eos_ids,
+        template=spec.template,
+        chat_template=base.chat_template,
+        adapters=tuple(adapter.info for adapter in adapters),
+        revision=base.revision,
+        memory_gib=network.get_memory_footprint() / _GIB,
+        load_seconds=time.perf_counter() - start,
+    )
+    return Weights(network, tokenizer, info)
+
+
+def find(spec: ModelSpec, *, again: bool = False) -> tuple[Checkpoint, tuple[Adapter, ...]]:
+    """Find a spec's base and adapters; the adapters first, since a base takes long to fetch."""
+    adapters = find_adapters(spec, again=again)
+    return find_base(spec, unpack_gguf, convert_tokenizer, again=again), adapters
+
+
+def _device(spec: ModelSpec) -> torch.device:
+    if spec.device == "cpu" or (spec.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number = int(spec.device.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
+        raise DeviceUnavailable(
+            f"device={spec.device!r} needs GPU number {number}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()}. Use device='auto' or 'cpu', or install a torch built for this GPU."
+        )
+    return torch.device("cuda", number)
+
+
+def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    chosen = ("float32" if device.type == "cpu" else "bfloat16") if spec.dtype == "auto" else spec.dtype
+    dtype: torch.dtype = getattr(torch, chosen)
+    return dtype
+
+
+def bytes_needed(base: Checkpoint, quantization: str, dtype: torch.dtype) -> float:
+    """Compute from the headers of the files what the weights will take, in bytes."""
+    per_linear = {"none": dtype.itemsize, "int8": 1.0, "nf4": 0.5}[quantization]
+    total = 0.0
+    for name, file in _tensors(base, torch.device("cpu")):
+        shape = file.get_slice(name).get_shape()
+        linear = len(shape) == 2 and "embed" not in name and "lm_head" not in name
+        total += torch.Size(shape).numel() * (per_linear if linear else dtype.itemsize)
+    return total
+
+
+def _check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare what the weights will take with what is free, before anything is read."""
+    needed = bytes_needed(base, spec.quantization, dtype)
+    free = 0.0
+    if device.type == "cpu" or spec.device_map is not None:
+        free += psutil.virtual_memory().available
+    if device.type == "cuda":
+        numbers = range(torch.cuda.device_count()) if spec.device_map is not None else (device.index,)
+        free += sum(torch.cuda.mem_get_info(number)[0] for number in numbers)
+    if needed > free:
+        raise NotEnoughMemory(
+            f"the weights of {base.name!r} take {needed / _GIB:.1f} GiB as {spec.quantization}/{dtype}, but {device} "
+            f"has {free / _GIB:.1f} GiB free. {_SMALLER}"
+        )
+
+
+_SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model, or free memory there."
+
+
+def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    _check_config(base)
+    quantization = None
+    if spec.quantization == "int8":
+        # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    elif spec.quantization == "nf4":
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    try:
+        with _quiet():
+            network, report = AutoModelForCausalLM.from_pretrained(
+                base.folder,
+                dtype=dtype,
+                device_map=spec.device_map or {"": device},
+                quantization_config=quantization,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemory(f"{device} ran out of memory while it loaded {base.name!r}. {_SMALLER}") from error
+    except Exception as error:  # shapes, torn files, unknown families: transformers raises every kind
+        raise InvalidCheckpoint(f"{base.folder} cannot be loaded ({error}). Fetch the model again.") from error
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if wrong:
+        raise InvalidCheckpoint(
+            f"config.json and weights must name the same tensors, but {base.folder} has "
+            + "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in wrong.items())
+            + ". Fetch the model again, config.json included."
+        )
+    loaded: PreTrainedModel = network
+    return loaded
+
+
+def _check_config(base: Checkpoint) -> None:
+    config = read_json(base.folder / "config.json")
+    if "quantization_config" in config:
+        raise InvalidCheckpoint(
+            f"a checkpoint holds plain weights, but {base.folder} is quantized already. "
+            "Use the repository that it was made from, and quantization='int8' or 'nf4'."
+        )
+    try:
+        AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # every kind again
+        if "auto_map" in config:
+            raise UnsafeCheckpoint(
+                f"a checkpoint's own code is never run, but {base.folder} brings {config['auto_map']}. "
+                "Use a model whose family transformers knows."
+            ) from error
+        raise InvalidCheckpoint(f"{base.folder / 'config.json'} is no model's ({error}). Fetch it again.") from error
+
+
+def _tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """The name of each stored tensor, and the open file that holds it."""
+    for name in base.weights:
+        try:
+            with safe_open(base.folder / name, framework="pt", device=str(device)) as file:
+                for tensor in file.keys():  # noqa: SIM118 -- no mapping
+                    yield tensor, file
+        except (SafetensorError, OSError) as error:
+            raise InvalidCheckpoint(f"{base.folder / name} cannot be read ({error}). Fetch the model again.") from error
+
+
+def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, dtype: torch.dtype) -> None:
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        # NaN wins in both, and infinity in one; sixty times as fast as isfinite over all of it
+        lowest, highest = tensor.to(dtype).aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise InvalidCheckpoint(
+                f"weights must be finite in {dtype}, but {name} of {base.folder} holds NaN or infinity. "
+                "Fetch the model again, or use dtype='float32'."
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out progress bars: a load is a few seconds."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

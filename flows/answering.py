@@ -1,0 +1,114 @@
+"""The flow `answer-question`: reason, conclude, verify, try again; the core's `answer` as a chain of tasks."""
+
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sampling, Verification
+from alpaca_core.answering import Steps, attempt
+from alpaca_core.spec import Value
+from prefect_alpaca import tasks
+from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, sections
+from prefect_alpaca.tasks import Json
+from prefect_alpaca.tasks.rows import counted
+
+Kind = TypeVar("Kind", bound=Value)
+
+
+def _run_name() -> str:
+    return f"answer {counted(len(flow_run.get_parameters()['questions']), 'question')}"
+
+
+@flow(name="answer-question", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+def answer_question(
+    questions: Annotated[list[str], Field(min_length=1)] = [  # noqa: B006 - never changed, and the form shows it
+        "Each of 2 cans holds 5 pierogi. How many pierogi are there in all?"
+    ],
+    model: ModelSpec = ModelSpec(),
+    sampling: Sampling = Sampling(max_new_tokens=128),
+    conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
+    reason: bool = True,
+    verify: bool = True,
+    max_attempts: Annotated[int, Field(ge=1)] = 1,
+    min_p_correct: Annotated[float, Field(ge=0, le=1)] = 0.5,
+) -> list[Json]:
+    """Answer questions: reason step by step, conclude, and ask the model whether that is right.
+
+    Args:
+        questions: What is asked, one row each.
+        model: Which model answers.
+        sampling: How the tokens of reasoning and conclusion are chosen.
+        conclusion_tokens: Most tokens of a conclusion.
+        reason: Think step by step before the answer.
+        verify: Read P(correct) of each answer from the model.
+        max_attempts: Most attempts at one question; more than one needs a temperature above 0.
+        min_p_correct: P(correct), between 0 and 1, that ends the attempts.
+
+    Returns:
+        An `Answer` or a `RowError` for each question, as JSON.
+
+    Raises:
+        AlpacaError: If every question failed, or a setting would have no effect.
+    """
+    status = tasks.load_model(model)
+    answers = attempt(
+        Steps(
+            chain_of_thought=_step(Completion, tasks.chain_of_thought, model),
+            conclude=_step(Conclusion, tasks.conclude, model),
+            verify=_step(Verification, tasks.verify, model),
+        ),
+        questions,
+        sampling,
+        conclusion_tokens=conclusion_tokens,
+        reason=reason,
+        verify=verify,
+        max_attempts=max_attempts,
+        min_p_correct=min_p_correct,
+    )
+    rows = list(zip(questions, answers, strict=True))
+    leave(
+        "answer-question",
+        f"Answers to {counted(len(rows), 'question')}",
+        status,
+        sections([(question, _section(answer)) for question, answer in rows]),
+        [_table_row(question, answer) for question, answer in rows],
+        answers,
+    )
+    return [answer.model_dump(mode="json") for answer in answers]
+
+
+def _step(kind: type[Kind], task: Callable[..., list[Json]], model: ModelSpec) -> Callable[..., list[Kind | RowError]]:
+    def step(*rows: object, **settings: object) -> list[Kind | RowError]:
+        return tasks.values(kind, task(model, *rows, **settings))
+
+    return step
+
+
+def _section(answer: Answer | RowError) -> str:
+    if isinstance(answer, RowError):
+        return failure(answer)
+    said = [f"**{inline(answer.final_answer or answer.answer or 'no answer')}**"]
+    if answer.p_correct is not None:
+        said.append(f"P(correct) {bar(answer.p_correct)}")
+    if answer.attempts > 1:
+        said.append(f"best of {answer.attempts} attempts")
+    parts = [" · ".join(said)]
+    if answer.reasoning:
+        parts += ["Reasoning:", quote(answer.reasoning)]
+    if answer.final_answer != answer.answer:
+        parts += ["Conclusion:", quote(answer.answer)]
+    return "\n\n".join(parts)
+
+
+def _table_row(question: str, answer: Answer | RowError) -> Json:
+    done = answer if isinstance(answer, Answer) else None
+    return {
+        "question": plain(question),
+        "answer": plain(done.final_answer or done.answer) if done else None,
+        "p_correct": round(done.p_correct, 4) if done and done.p_correct is not None else None,
+        "attempts": done.attempts if done else None,
+        "error": answer.message if isinstance(answer, RowError) else None,
+    }

@@ -1,0 +1,131 @@
+"""The flow `generate-and-judge`: several candidates for each prompt, each judged, the best picked."""
+
+from itertools import product
+from typing import Annotated
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from alpaca_core import Completion, Judgment, Label, ModelSpec, RowError, Sampling
+from alpaca_core.errors import InvalidRequest
+from alpaca_core.spec import Value
+from prefect_alpaca import tasks
+from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, sections, table
+from prefect_alpaca.tasks import Json
+from prefect_alpaca.tasks.rows import counted
+
+
+class Candidate(Value):
+    """One response, and the probability that the judge gave the wanted label."""
+
+    text: str
+    probability: float
+    coverage: float
+
+
+class Choice(Value):
+    """The best response to a prompt, and all that it was picked from, in the order of their samples."""
+
+    prompt: str
+    text: str
+    probability: float
+    candidates: tuple[Candidate | RowError, ...]
+
+
+def _run_name() -> str:
+    asked = flow_run.get_parameters()
+    return f"best of {asked['candidates']} for {counted(len(asked['prompts']), 'prompt')}"
+
+
+@flow(name="generate-and-judge", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+def generate_and_judge(
+    prompts: Annotated[list[str], Field(min_length=1)] = [  # noqa: B006 - never changed, and the form shows it
+        "Write one sentence that invites people to visit an alpaca farm."
+    ],
+    instruction: str = "Is this a friendly invitation?",
+    labels: Annotated[list[str | Label], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
+    wanted: str = "Yes",
+    candidates: Annotated[int, Field(ge=1, le=64)] = 4,
+    model: ModelSpec = ModelSpec(),
+    sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
+) -> list[Json]:
+    """Generate candidates for each prompt, judge each by the model's logits, and pick the best.
+
+    Args:
+        prompts: What is asked for, one row each.
+        instruction: The judge's question about each candidate.
+        labels: The judge's choices.
+        wanted: The label that good candidates get.
+        candidates: Responses to each prompt to pick from; more than one needs a temperature above 0.
+        model: Which model generates and judges.
+        sampling: How the candidates' tokens are chosen.
+
+    Returns:
+        A `Choice` or a `RowError` for each prompt, as JSON.
+
+    Raises:
+        AlpacaError: If every prompt failed, or a setting would have no effect.
+    """
+    names = [label if isinstance(label, str) else label.name for label in labels]
+    if wanted not in names:
+        raise InvalidRequest(f"wanted is one of the labels {names}, but got {wanted!r}. Name one of them.")
+    if candidates > 1 and sampling.temperature == 0:
+        raise InvalidRequest(
+            f"candidates={candidates} at temperature 0 are all the same. Set a temperature above 0, or candidates=1."
+        )
+    status = tasks.load_model(model)
+    rows = list(product(prompts, range(candidates)))
+    generated = tasks.values(
+        Completion,
+        tasks.generate(model, [prompt for prompt, _ in rows], sampling, sample_indices=[index for _, index in rows]),
+    )
+    texts = [row if isinstance(row, RowError) else row.text for row in generated]
+    judged = tasks.values(Judgment, tasks.judge(model, texts, labels, instruction=instruction))
+    found = [row if isinstance(row, RowError) else _candidate(row, wanted) for row in judged]
+    choices = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
+    leave(
+        "generate-and-judge",
+        f"Best of {candidates} for {counted(len(prompts), 'prompt')}",
+        status,
+        f"{inline(instruction)} Wanted: **{inline(wanted)}**\n\n"
+        + sections([(prompt, _section(choice, wanted)) for prompt, choice in zip(prompts, choices, strict=True)]),
+        [_table_row(prompt, choice) for prompt, choice in zip(prompts, choices, strict=True)],
+        choices,
+    )
+    return [choice.model_dump(mode="json") for choice in choices]
+
+
+def _candidate(judgment: Judgment, wanted: str) -> Candidate:
+    return Candidate(text=judgment.text, probability=judgment.probabilities[wanted], coverage=judgment.coverage)
+
+
+def _pick(prompt: str, candidates: list[Candidate | RowError]) -> Choice | RowError:
+    good = [candidate for candidate in candidates if isinstance(candidate, Candidate)]
+    if not good:
+        return next(candidate for candidate in candidates if isinstance(candidate, RowError))
+    best = max(good, key=lambda candidate: candidate.probability)
+    return Choice(prompt=prompt, text=best.text, probability=best.probability, candidates=tuple(candidates))
+
+
+def _section(choice: Choice | RowError, wanted: str) -> str:
+    if isinstance(choice, RowError):
+        return failure(choice)
+    rows = [
+        [failure(candidate), ""]
+        if isinstance(candidate, RowError)
+        else [inline(candidate.text), bar(candidate.probability)]
+        for candidate in choice.candidates
+    ]
+    return f"{quote(choice.text)}\n\n{table(['Candidate', f'P({inline(wanted)})'], rows)}"
+
+
+def _table_row(prompt: str, choice: Choice | RowError) -> Json:
+    done = choice if isinstance(choice, Choice) else None
+    return {
+        "prompt": plain(prompt),
+        "best": plain(done.text) if done else None,
+        "probability": round(done.probability, 4) if done else None,
+        "candidates": len(done.candidates) if done else None,
+        "error": choice.message if isinstance(choice, RowError) else None,
+    }

@@ -1,0 +1,245 @@
+"""The command line `alpaca`: the core's verbs for a terminal.
+
+Exit codes: 0 all is well, 1 a row failed (the others are still printed), 2 the call or the model is wrong.
+With ``--json`` standard output holds one JSON object a row and nothing else; progress is on standard error.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from rich.console import Console, RenderableType
+from tqdm import tqdm
+
+from alpaca_core import (
+    LanguageModel,
+    RowError,
+    Token,
+    TokenProbability,
+    answer,
+    generate,
+    judge,
+    load_model,
+    next_tokens,
+    show_tokens,
+)
+from alpaca_core.errors import AlpacaError
+from alpaca_core.judging import Method
+from alpaca_core.loading import import_adapter
+from alpaca_core.rows import Progress, map_rows
+from alpaca_core.spec import YES_NO, TemplateName, Value
+from prefect_alpaca.flows import terminal
+from prefect_alpaca.flows.options import (
+    Parser,
+    label_of,
+    model_options,
+    one_line,
+    row_options,
+    sampling_of,
+    sampling_options,
+    spec_of,
+    texts_of,
+)
+
+
+class TokenRow(Value):
+    """A text as tokens, and the likeliest tokens after it where they were asked for."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    next: tuple[TokenProbability, ...] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit code.
+
+    Args:
+        arguments: Without the program's name; None takes the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal without UTF-8
+    try:
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
+    except (AlpacaError, ValidationError) as error:
+        print(f"alpaca: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="alpaca", description="A local language model: generate, answer, judge, look inside.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    rows, model, sampling = row_options(), model_options(), sampling_options()
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], about: str, *parents: Parser
+    ) -> Callable[..., Any]:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", parents=parents)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("generate", _generate, "generate a response to each prompt", rows, model, sampling)
+    add("--input", metavar="TEXT", help="what every prompt is an instruction for")
+
+    about = "reason about each question, answer it, and ask whether that is right"
+    add = command("answer", _answer, about, rows, model, sampling)
+    add("--no-reason", dest="reason", action="store_false", help="answer without thinking step by step first")
+    add("--no-verify", dest="verify", action="store_false", help="leave P(correct) out")
+    add("--max-attempts", type=int, default=1, metavar="N", help="attempts at most; needs a temperature (default 1)")
+    add("--min-p-correct", type=float, default=0.5, metavar="P", help="P(correct) that ends them (default 0.5)")
+    add("--conclusion-tokens", type=int, default=32, metavar="N", help="most tokens of the answer (default 32)")
+
+    add = command("judge", _judge, "judge each text by the model's logits", rows, model)
+    about = "a choice, and other words that mean it; once for each (default: Yes=y,true and No=n,false)"
+    add("--label", dest="labels", action="append", type=label_of, metavar="NAME[=ALIAS,...]", help=about)
+    add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
+    add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
+    add("--min-coverage", type=float, default=0.0, metavar="P", help="give no label below this coverage (default 0)")
+    add("--all-segmentations", action="store_true", help="count every way to cut a label into tokens")
+    add("--method", choices=get_args(Method), default="logits", help="read the logits (default), or sample and count")
+    add("--samples", type=int, default=10, metavar="N", help="samples a text where the method is sampled (default 10)")
+    add("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+
+    add = command("tokens", _tokens, "show each text as the model's tokens", rows, model)
+    add("--next", type=int, default=0, metavar="N", help="also the N likeliest next tokens, with the text as prompt")
+
+    add = command("import-adapter", _import_adapter, "convert LoRA weights that are published as a pickle")
+    add("source", metavar="SOURCE", help="hub repository, folder or file of an adapter_model.bin")
+    add("--template", choices=get_args(TemplateName), help="prompt template that it was trained with")
+    add("--revision", metavar="COMMIT", help="commit of the hub repository")
+    add("--out", type=Path, metavar="FOLDER", help="new folder for the result (default: the cache)")
+    add("--json", action="store_true", help="print one JSON object")
+
+    add = command("doctor", _doctor, "check this machine and a model, and say what to do", model)
+    add("--verify", action="store_true", help="also hash all files of the model again")
+    add("--json", action="store_true", help="print one JSON object a check, on one line")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> int:
+    texts, sampling = texts_of(options.texts), sampling_of(options)
+    inputs = None if options.input is None else [options.input] * len(texts)
+    with _model(options) as model, _progress(len(texts)) as progress:
+        rows = generate(model, texts, sampling, inputs=inputs, progress=progress)
+    return _print(
+        options,
+        rows,
+        lambda: [
+            terminal.completion_view(text, row, several=len(texts) > 1) for text, row in zip(texts, rows, strict=True)
+        ],
+    )
+
+
+def _answer(options: argparse.Namespace) -> int:
+    texts, sampling = texts_of(options.texts), sampling_of(options)
+    with _model(options) as model, _progress(len(texts)) as progress:
+        rows = answer(
+            model,
+            texts,
+            sampling,
+            conclusion_tokens=options.conclusion_tokens,
+            reason=options.reason,
+            verify=options.verify,
+            max_attempts=options.max_attempts,
+            min_p_correct=options.min_p_correct,
+            progress=progress,
+        )
+    return _print(
+        options, rows, lambda: [terminal.answer_view(text, row) for text, row in zip(texts, rows, strict=True)]
+    )
+
+
+def _judge(options: argparse.Namespace) -> int:
+    texts = texts_of(options.texts)
+    with _model(options) as model, _progress(len(texts)) as progress:
+        rows = judge(
+            model,
+            texts,
+            options.labels or YES_NO,
+            instruction=options.instruction,
+            show_labels=options.show_labels,
+            min_coverage=options.min_coverage,
+            all_segmentations=options.all_segmentations,
+            method=options.method,
+            samples=options.samples,
+            seed=options.seed,
+            progress=progress,
+        )
+    return _print(options, rows, lambda: [terminal.judgments_view(texts, rows)])
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    texts = texts_of(options.texts)
+    with _model(options) as model:
+        shown = show_tokens(model, texts)
+        after = next_tokens(model, texts, options.next) if options.next else [()] * len(texts)
+    rows = map_rows(lambda text, tokens, best: TokenRow(text=text, tokens=tokens, next=best), texts, shown, after)
+    return _print(
+        options,
+        rows,
+        lambda: [
+            terminal.failure(row) if isinstance(row, RowError) else terminal.tokens_view(row.text, row.tokens, row.next)
+            for row in rows
+        ],
+    )
+
+
+def _import_adapter(options: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):
+        folder = import_adapter(options.source, template=options.template, revision=options.revision, out=options.out)
+    if options.json:
+        print(json.dumps({"source": options.source, "folder": str(folder)}, ensure_ascii=False))
+    else:
+        print(f"{options.source} lies converted in {folder}, where the loader finds it by its name.")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from prefect_alpaca.flows.doctor import examine
+
+    healthy = True
+    for check in examine(spec_of(options), verify=options.verify):
+        healthy = healthy and check.state != "broken"
+        if options.json:
+            print(json.dumps(asdict(check), ensure_ascii=False), flush=True)
+        else:
+            terminal.console.print(terminal.check_view(check.name, check.state, check.found, check.remedy))
+    return 0 if healthy else 1
+
+
+@contextmanager
+def _model(options: argparse.Namespace) -> Iterator[LanguageModel]:
+    """Load the model, with a word on standard error while that takes, and keep libraries off standard output."""
+    spec = spec_of(options)
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        with Console(stderr=True).status(f"Loading {spec.base_model} …"):
+            model = stack.enter_context(load_model(spec))
+        yield model
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Progress]:
+    """Draw a progress bar in a terminal, once the work has taken a second."""
+    with tqdm(total=rows, unit="row", delay=1, disable=None, leave=False, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _print(
+    options: argparse.Namespace, rows: Sequence[Value | RowError], views: Callable[[], Sequence[RenderableType]]
+) -> int:
+    """Print the rows as JSON Lines, or as they look in a terminal, and return the exit code."""
+    if options.json:
+        for row in rows:
+            print(json.dumps(row.model_dump(mode="json"), ensure_ascii=False))
+    else:
+        terminal.console.print(*views(), sep="\n")
+    return 1 if any(isinstance(row, RowError) for row in rows) else 0

@@ -1,0 +1,144 @@
+"""What `alpaca doctor` looks at: each thing that has to be right, what was found, and what to do."""
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from alpaca_core import Judgment, ModelSpec, judge, load_model
+from alpaca_core.cache import cache_folder
+from alpaca_core.errors import AlpacaError
+from alpaca_core.loading import verify_checkpoint
+
+_GIB = 2**30
+_POOL = "gpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at: ``ok``, worth a ``note``, or ``broken``, and then what to do."""
+
+    name: str
+    state: Literal["ok", "note", "broken"]
+    found: str
+    remedy: str = ""
+
+
+def examine(spec: ModelSpec, *, verify: bool = False) -> Iterator[Check]:
+    """Look at Python, the libraries, the machine, the model and Prefect, one after the other.
+
+    Args:
+        spec: The model that is loaded and asked a question.
+        verify: Hash all of its files again before that.
+    """
+    yield _python()
+    yield _libraries()
+    yield _machine()
+    yield _gpu()
+    if verify:
+        yield _files(spec)
+    yield _model(spec)
+    yield from _prefect()
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} at {sys.executable}"
+    needed = metadata("prefect-alpaca")["Requires-Python"]
+    if platform.python_version() not in SpecifierSet(needed):
+        return Check("python", "broken", found, f"Use Python {needed}.")
+    return Check("python", "ok", found)
+
+
+def _libraries() -> Check:
+    needed = [Requirement(line) for line in requires("prefect-alpaca") or []]
+    wrong = []
+    for requirement in needed:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                if version(requirement.name) not in requirement.specifier:
+                    wrong.append(f"{requirement} is needed, {version(requirement.name)} is installed")
+            except PackageNotFoundError:
+                wrong.append(f"{requirement} is needed, none is installed")
+    if wrong:
+        return Check("libraries", "broken", "; ".join(wrong), "Run `make install`, or pip with constraints.txt.")
+    shown = ("prefect", "torch", "transformers", "peft", "bitsandbytes")
+    return Check("libraries", "ok", ", ".join(f"{name} {version(name)}" for name in shown))
+
+
+def _machine() -> Check:
+    memory, folder = psutil.virtual_memory(), cache_folder()
+    home = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(home).free
+    found = (
+        f"{psutil.cpu_count()} cores, {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB memory free, "
+        f"{free / _GIB:.1f} GiB free for {folder}"
+    )
+    if free < _GIB:
+        return Check("machine", "broken", found, "Free 1 GiB there, or set ALPACA_CACHE to a folder with space.")
+    return Check("machine", "ok", found)
+
+
+def _gpu() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch links to is missing
+        return Check("gpu", "broken", f"torch cannot be imported: {error}", "Install torch again.")
+    if not torch.cuda.is_available():
+        return Check("gpu", "note", "none that torch sees, so models run on the CPU")
+    names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Check("gpu", "ok", ", ".join(f"{gpu.name} with {gpu.total_memory / _GIB:.0f} GiB" for gpu in names))
+
+
+def _files(spec: ModelSpec) -> Check:
+    try:
+        digests = verify_checkpoint(spec)
+    except AlpacaError as error:
+        return Check("files", "broken", str(error))
+    return Check("files", "ok", ", ".join(f"{name} is {digest[:12]}" for name, digest in digests.items()))
+
+
+def _model(spec: ModelSpec) -> Check:
+    try:
+        with load_model(spec) as model:
+            row = judge(model, ["Is this a question?"])[0]
+            info = model.info
+    except AlpacaError as error:
+        return Check("model", "broken", str(error))
+    loaded = f"{info.name} on {info.device}, {info.memory_gib:.2f} GiB, loaded in {info.load_seconds:.1f} s"
+    if not isinstance(row, Judgment):
+        return Check("model", "broken", f"{loaded}, but {row.message}")
+    return Check("model", "ok", f"{loaded}, and it judges")
+
+
+def _prefect() -> Iterator[Check]:
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        remedy = "Run `prefect server start` and `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`."
+        yield Check("prefect api", "note", "none is configured: each process starts its own, for a while", remedy)
+        return
+    with get_client(sync_client=True) as client:
+        if problem := client.api_healthcheck():
+            remedy = "Start it (`prefect server start`), or `prefect config unset PREFECT_API_URL`."
+            yield Check("prefect api", "broken", f"{url} does not answer: {problem}", remedy)
+            return
+        yield Check("prefect api", "ok", f"{url}, version {client.api_version()}")
+        try:
+            pool = client.read_work_pool(_POOL)
+            yield Check("work pool", "ok", f"{pool.name}, of type {pool.type}")
+        except ObjectNotFound:
+            remedy = f"Run `prefect work-pool create {_POOL} --type process` before you deploy."
+            yield Check("work pool", "note", f"{_POOL!r} does not exist", remedy)
+        except HTTPError as error:
+            yield Check("work pool", "broken", f"cannot be read: {error}", "Look into the server's log.")

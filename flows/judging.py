@@ -1,0 +1,89 @@
+"""The flow `judge-texts`: which label each text gets, how probable, and how much of the model's mass labels had."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from alpaca_core import Judgment, Label, ModelSpec, RowError
+from alpaca_core.judging import Method
+from prefect_alpaca import tasks
+from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, table
+from prefect_alpaca.tasks import Json
+from prefect_alpaca.tasks.rows import counted
+
+
+def _run_name() -> str:
+    return f"judge {counted(len(flow_run.get_parameters()['texts']), 'text')}"
+
+
+@flow(name="judge-texts", flow_run_name=_run_name, persist_result=True, result_serializer="json")
+def judge_texts(
+    texts: Annotated[list[str], Field(min_length=1)] = [  # noqa: B006 - never changed, and the form shows it
+        "The keeper saved two penalties, and the cup goes to the second division.",
+        "Shares of the chip maker fell after it lowered its forecast.",
+    ],
+    labels: Annotated[list[str | Label], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    instruction: str | None = "Which topic is this headline about?",
+    model: ModelSpec = ModelSpec(),
+    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    method: Method = "logits",
+    samples: Annotated[int, Field(ge=1)] = 10,
+) -> list[Json]:
+    """Judge texts by the model's logits: a label, the probability of every label, and the coverage.
+
+    Args:
+        texts: What is judged, one row each.
+        labels: The choices; a label may have aliases, other words that mean the same.
+        instruction: The question about each text; without one each text is the question itself.
+        model: Which model judges.
+        min_coverage: Give no label where all labels together had less of the model's probability than this.
+        method: Read the logits, or draw samples in words and count.
+        samples: How many samples of each text are drawn where the method is sampled.
+
+    Returns:
+        A `Judgment` or a `RowError` for each text, as JSON.
+
+    Raises:
+        AlpacaError: If every text failed, or the labels cannot be told apart.
+    """
+    status = tasks.load_model(model)
+    judgments = tasks.values(
+        Judgment,
+        tasks.judge(
+            model, texts, labels, instruction=instruction, min_coverage=min_coverage, method=method, samples=samples
+        ),
+    )
+    rows = list(zip(texts, judgments, strict=True))
+    leave(
+        "judge-texts",
+        f"Judgments of {counted(len(rows), 'text')}",
+        status,
+        (f"{quote(instruction)}\n\n" if instruction else "")
+        + table(["Text", "Label", "Probability", "Coverage"], [_cells(text, judgment) for text, judgment in rows]),
+        [_table_row(text, judgment, labels) for text, judgment in rows],
+        judgments,
+    )
+    return [judgment.model_dump(mode="json") for judgment in judgments]
+
+
+def _cells(text: str, judgment: Judgment | RowError) -> list[str]:
+    if isinstance(judgment, RowError):
+        return [inline(text), failure(judgment), "", ""]
+    if judgment.label is None:
+        return [inline(text), f"none: {inline(judgment.reason or '')}", "", f"{judgment.coverage:.2f}"]
+    share = bar(judgment.probabilities[judgment.label])
+    return [inline(text), f"**{inline(judgment.label)}**", share, f"{judgment.coverage:.2f}"]
+
+
+def _table_row(text: str, judgment: Judgment | RowError, labels: list[str | Label]) -> Json:
+    done = judgment if isinstance(judgment, Judgment) else None
+    names = [label if isinstance(label, str) else label.name for label in labels]
+    return {
+        "text": plain(text),
+        "label": done.label if done else None,
+        "coverage": round(done.coverage, 4) if done else None,
+        **{f"P({name})": round(done.probabilities[name], 4) if done else None for name in names},
+        "error": judgment.message if isinstance(judgment, RowError) else None,
+    }

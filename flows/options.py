@@ -1,0 +1,111 @@
+"""What the command line asks for, turned into the core's values. Every option has the name of its field."""
+
+import argparse
+import sys
+from typing import NoReturn, get_args
+
+from pydantic import ValidationError
+
+from alpaca_core import Label, ModelSpec, Sampling
+from alpaca_core.errors import InvalidRequest
+from alpaca_core.spec import EMBEDDED_MODEL, TemplateName
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` lists what there is)\n")
+
+
+def model_options() -> Parser:
+    """Which model works; for every command that loads one."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="embedded",
+        metavar="NAME",
+        help=f"hub repository, folder, .gguf file, or a preset: embedded ({EMBEDDED_MODEL}, the default), alpaca-7b",
+    )
+    group.add_argument("--revision", metavar="COMMIT", help="commit of the model's hub repository")
+    group.add_argument("--adapter", metavar="NAME", help="LoRA weights on top: hub repository or folder")
+    group.add_argument("--adapter-revision", metavar="COMMIT", help="commit of the adapter's hub repository")
+    group.add_argument("--quantization", choices=_choices("quantization"), help="bitsandbytes quantization")
+    group.add_argument("--dtype", choices=_choices("dtype"), help="of the weights; bfloat16 on a GPU, float32 on a CPU")
+    group.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--template", choices=get_args(TemplateName), help="prompt template instead of the model's own")
+    group.add_argument("--batch-size", type=int, metavar="ROWS", help="rows computed together at most")
+    return parser
+
+
+def sampling_options() -> Parser:
+    """How tokens are chosen; for every command that generates."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default; 1 is the model's own")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the k likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this mass")
+    group.add_argument("--num-beams", type=int, metavar="N", help="beams kept side by side (default 1: no beam search)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of one response (default 256)")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default 0)")
+    return parser
+
+
+def row_options() -> Parser:
+    """The rows to work on, and how results are printed."""
+    parser = Parser(add_help=False)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a row each; - reads the lines of standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row, on one line")
+    return parser
+
+
+def spec_of(options: argparse.Namespace) -> ModelSpec:
+    """Return the model that the options ask for; an option that was given overrides its preset."""
+    try:
+        base = ModelSpec.preset(options.model).model_dump(exclude_unset=True)
+    except InvalidRequest:
+        base = {"base_model": options.model}
+    fields = ("revision", "adapter", "adapter_revision", "quantization", "dtype", "device", "template", "batch_size")
+    return ModelSpec.model_validate(base | _given(options, fields))
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """Return the sampling that the options ask for."""
+    fields = ("temperature", "top_k", "top_p", "num_beams", "max_new_tokens", "seed")
+    return Sampling.model_validate(_given(options, fields))
+
+
+def label_of(text: str) -> str | Label:
+    """Read a label: a name, or a name and its aliases as ``Yes=y,true``."""
+    name, found, aliases = text.partition("=")
+    return Label(name=name, aliases=tuple(aliases.split(","))) if found else text
+
+
+def texts_of(arguments: list[str]) -> list[str]:
+    """Return the texts: the arguments, or the lines of standard input for ``-``."""
+    texts: list[str] = []
+    for argument in arguments:
+        texts += sys.stdin.read().splitlines() if argument == "-" else [argument]
+    return texts
+
+
+def one_line(error: Exception) -> str:
+    """Say what is wrong in one line, in the words of the command line."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    option = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    return f"{option} {first['input']!r:.80}: {message}"
+
+
+def _given(options: argparse.Namespace, fields: tuple[str, ...]) -> dict[str, object]:
+    return {field: value for field in fields if (value := getattr(options, field)) is not None}
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    return get_args(ModelSpec.model_fields[field].annotation)

@@ -1,0 +1,97 @@
+"""What a run leaves for people: a Markdown page and a table, in which no text can pose as markup."""
+
+import html
+import re
+from collections.abc import Sequence
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from alpaca_core.errors import AlpacaError
+from alpaca_core.model import RowError
+from prefect_alpaca.flows.terminal import printable
+from prefect_alpaca.tasks import Json
+
+MOST_SHOWN = 100
+"""Rows that a page shows; the table and the result have more."""
+
+MOST_TABLE_ROWS = 1_000
+"""Rows of a table; all of them are in the run's result."""
+
+MOST_CHARACTERS = 2_000
+"""Characters of one text on a page or in a table."""
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=:])")
+
+
+def plain(text: str) -> str:
+    """Cut a text to a readable length, and keep what can be stored and shown."""
+    return printable(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …")
+
+
+def inline(text: str) -> str:
+    """Write a text on one line of Markdown, every character of it as itself."""
+    if not text.strip():
+        return "*blank*"
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(plain(text).split()), quote=False))
+
+
+def quote(text: str) -> str:
+    """Write a text as a quotation, line by line."""
+    return "\n>\n".join(f"> {inline(line)}" for line in plain(text).splitlines() if line.strip())
+
+
+def bar(share: float) -> str:
+    """Draw a share between 0 and 1, with its number.
+
+    Example:
+        >>> bar(0.72)
+        '███████░░░ 0.72'
+    """
+    full = round(10 * share)
+    return "█" * full + "░" * (10 - full) + f" {share:.2f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table of cells that are Markdown already."""
+    lines = [header, ["---"] * len(header), *rows[:MOST_SHOWN]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + _more(len(rows))
+
+
+def sections(parts: Sequence[tuple[str, str]]) -> str:
+    """Write numbered sections, each of a heading that is a text and a body that is Markdown already."""
+    written = [f"## {place}. {inline(title)}\n\n{body}" for place, (title, body) in enumerate(parts[:MOST_SHOWN], 1)]
+    return "\n\n".join(written) + _more(len(parts))
+
+
+def _more(rows: int) -> str:
+    return f"\n\n*and {rows - MOST_SHOWN:,} more, in the run's result*" if rows > MOST_SHOWN else ""
+
+
+def failure(error: RowError) -> str:
+    """Say why a row failed."""
+    return f"**Failed** (`{error.code}`): {inline(error.message)}"
+
+
+def leave(key: str, title: str, status: Json, page: str, rows: Sequence[Json], results: Sequence[object]) -> None:
+    """Leave a Markdown artifact named `key`, and a table artifact named `key` and ``-table``.
+
+    Args:
+        key: Lower-case with dashes.
+        title: What was done, in a few words.
+        status: Of the model, from the task `load_model`.
+        page: Markdown.
+        rows: The table.
+        results: Values of the core and `RowError`, which are counted.
+
+    Raises:
+        AlpacaError: If every result is a `RowError`. A run with some results completes, and its page
+            shows the others.
+    """
+    failed = [result for result in results if isinstance(result, RowError)]
+    about = f"{inline(status['name'])} on {status['device']}, digest {status['digest'][:12]}"
+    if failed:
+        about += f" · **{len(failed)} of {len(results)} failed**"
+    create_markdown_artifact(f"# {title}\n\n{about}\n\n{page}\n", key=key, description=f"{title}: to read")
+    create_table_artifact(list(rows[:MOST_TABLE_ROWS]), key=f"{key}-table", description=f"{title}: the table")
+    if failed and len(failed) == len(results):
+        raise AlpacaError(f"all {len(results)} rows failed, the first because {failed[0].message}")

@@ -1,0 +1,124 @@
+"""How results look in a terminal. Texts are shown as themselves: never as markup, never as escape codes."""
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from alpaca_core import Answer, Completion, Judgment, RowError, Token, TokenProbability
+
+console = Console(highlight=False)
+
+_UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(content: str) -> str:
+    """Put a replacement character for what would not show as itself: escape codes, surrogates, bidi overrides."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", content)
+
+
+def text(content: str, style: str = "") -> Text:
+    """Make a text that a terminal may show."""
+    return Text(printable(content), style)
+
+
+def bar(share: float) -> Text:
+    """Draw a share between 0 and 1, with its number."""
+    full = round(10 * share)
+    return Text.assemble(("█" * full, "green"), ("░" * (10 - full), "bright_black"), f" {share:.2f}")
+
+
+def failure(error: RowError) -> Text:
+    """Say why a row failed."""
+    return Text.assemble(("failed ", "bold red"), printable(error.message))
+
+
+def completion_view(prompt: str, row: Completion | RowError, *, several: bool) -> RenderableType:
+    """Show a response, under its prompt where there are several."""
+    body = failure(row) if isinstance(row, RowError) else text(row.text.strip())
+    return Group(text(prompt, "bold"), _indented(body)) if several else body
+
+
+def answer_view(question: str, row: Answer | RowError) -> RenderableType:
+    """Show a question, the reasoning, the answer, and how sure the model is of it."""
+    parts: list[RenderableType] = []
+    if isinstance(row, RowError):
+        parts.append(failure(row))
+    else:
+        if row.reasoning:
+            parts.append(text(row.reasoning.strip(), "dim"))
+        facts = Table.grid(padding=(0, 2))
+        facts.add_row(Text("Answer", "green"), text(row.answer or "none", "bold"))
+        if row.final_answer and row.final_answer != row.answer:
+            facts.add_row(Text("In short", "green"), text(row.final_answer, "bold"))
+        if row.p_correct is not None:
+            tries = f"  best of {row.attempts} attempts" if row.attempts > 1 else ""
+            facts.add_row(Text("P(correct)", "green"), bar(row.p_correct) + tries)
+        parts.append(facts)
+    return Group(text(question, "bold cyan"), _indented(Group(*parts)))
+
+
+def judgments_view(texts: Sequence[str], rows: Sequence[Judgment | RowError]) -> RenderableType:
+    """Show judgments as a table, one row a text; a single one in full."""
+    if len(rows) == 1:
+        return failure(rows[0]) if isinstance(rows[0], RowError) else judgment_view(rows[0])
+    table = Table(box=None, pad_edge=False, header_style="green", padding=(0, 1))
+    table.add_column("Text", overflow="fold", ratio=1)
+    for heading in ("Label", "Probability", "Coverage"):
+        table.add_column(heading, no_wrap=True)
+    for judged, row in zip(texts, rows, strict=True):
+        if isinstance(row, RowError):
+            table.add_row(Group(text(judged), failure(row)))
+        elif row.label is None:
+            table.add_row(text(judged), Text("none", "yellow"), "", f"{row.coverage:.3f}")
+        else:
+            share = bar(row.probabilities[row.label])
+            table.add_row(text(judged), text(row.label, "bold"), share, f"{row.coverage:.3f}")
+    return table
+
+
+def judgment_view(row: Judgment) -> RenderableType:
+    """Show one judgment: the probability of every label, and the coverage."""
+    table = Table.grid(padding=(0, 2))
+    for name, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
+        table.add_row(text(name, "bold" if name == row.label else ""), bar(share))
+    notes = [f"coverage {row.coverage:.3f}", *([row.reason] if row.reason else []), *row.notes]
+    return Group(table, text("; ".join(notes), "dim"))
+
+
+def tokens_view(content: str, tokens: Sequence[Token], best: Sequence[TokenProbability]) -> RenderableType:
+    """Show a text's tokens, which of them are special, and the likeliest tokens after it."""
+    table = _table(text(content, "bold"), "id", "piece", "text", "")
+    for token in tokens:
+        table.add_row(str(token.id), text(token.piece), text(repr(token.text)), "special" if token.special else "")
+    following = _table(text("likeliest next tokens", "bold"), "id", "piece", "text", "probability")
+    for token in best:
+        following.add_row(str(token.id), text(token.piece), text(repr(token.text)), bar(token.probability))
+    return Group(table, "", following) if best else table
+
+
+def check_view(name: str, state: str, found: str, remedy: str) -> RenderableType:
+    """Show one check of the doctor."""
+    style = {"ok": "green", "note": "yellow", "broken": "bold red"}[state]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=6, no_wrap=True, style=style)
+    table.add_column(min_width=11, no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row(state, text(name), text(found))
+    if remedy:
+        table.add_row("", "", text(remedy, "italic"))
+    return table
+
+
+def _indented(content: RenderableType) -> Padding:
+    return Padding(content, (0, 0, 1, 2), expand=False)
+
+
+def _table(title: Text, *headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="green", title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading == "id" else "left", overflow="fold")
+    return table

@@ -1,0 +1,19 @@
+"""Prefect tasks, one per verb of `alpaca_core`: a `ModelSpec` where the core takes a model, JSON out."""
+
+from prefect_alpaca.tasks.generation import chain_of_thought, conclude, generate
+from prefect_alpaca.tasks.judging import judge, verify
+from prefect_alpaca.tasks.loading import load_model
+from prefect_alpaca.tasks.model import use_model
+from prefect_alpaca.tasks.rows import Json, values
+
+__all__ = [
+    "Json",
+    "chain_of_thought",
+    "conclude",
+    "generate",
+    "judge",
+    "load_model",
+    "use_model",
+    "values",
+    "verify",
+]

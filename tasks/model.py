@@ -1,0 +1,63 @@
+"""The models of this process: each loaded once, kept warm, shared by every task that runs here."""
+
+import atexit
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger, get_run_logger
+
+import alpaca_core
+from alpaca_core import LanguageModel, ModelSpec
+
+# A lock and not functools.cache: under the thread runner a cached loader ran once in each of four threads.
+_lock = threading.Lock()
+_models: dict[ModelSpec, LanguageModel] = {}
+_open = ExitStack()
+_stand_ins: list[LanguageModel] = []
+atexit.register(_open.close)
+
+
+def loaded(spec: ModelSpec) -> LanguageModel:
+    """Return this process's model of a spec, loading it where no task has yet."""
+    if _stand_ins:
+        return _stand_ins[-1]
+    with _lock:
+        if spec not in _models:
+            run_logger().info("Loading %s", spec.base_model)
+            _models[spec] = _open.enter_context(alpaca_core.load_model(spec))
+        return _models[spec]
+
+
+@contextmanager
+def use_model(model: LanguageModel) -> Iterator[LanguageModel]:
+    """Let every task of this process use `model`, whatever its spec says, until the block ends.
+
+    It is how flows are tested without a model, and how a model that is loaded already is used.
+
+    Args:
+        model: An `alpaca_core.testing.FakeModel`, or any loaded model.
+
+    Example:
+        >>> from alpaca_core.testing import FakeModel
+        >>> from prefect_alpaca.tasks import judge
+        >>> with use_model(FakeModel({"goal": {"Sports": 0.9, "World": 0.1}})):
+        ...     judge.fn(ModelSpec(), ["A late goal."], ["World", "Sports"])[0]["label"]
+        'Sports'
+    """
+    _stand_ins.append(model)
+    try:
+        yield model
+    finally:
+        _stand_ins.remove(model)
+
+
+def run_logger() -> "logging.Logger | logging.LoggerAdapter[Any]":
+    """Return the run's logger; outside a run, as in a call of a task's ``fn``, one that Prefect does not send."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger("alpaca")

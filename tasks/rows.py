@@ -1,0 +1,83 @@
+"""What every task over rows does: run the verb, show progress, log, and turn values into JSON and back."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from alpaca_core import ModelSpec, RowError
+from alpaca_core.spec import Value
+from prefect_alpaca.tasks.model import loaded, run_logger
+from prefect_alpaca.tasks.progress import progress_bar
+
+Json = dict[str, Any]
+"""One row as JSON: the fields of the verb's value, or ``code`` and ``message`` of a `RowError`."""
+
+Kind = TypeVar("Kind", bound=Value)
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: ``1 text``, ``12 texts``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def run_name(doing: str, rows: str, noun: str) -> Callable[..., str]:
+    """Name a task's runs by what they do to how many rows, such as ``judge 12 texts``.
+
+    Args:
+        doing: What is done.
+        rows: The parameter that holds the rows.
+        noun: What one row is.
+    """
+
+    def name(parameters: dict[str, Any]) -> str:
+        return f"{doing} {counted(len(parameters[rows]), noun)}"
+
+    return name
+
+
+def run_verb(
+    verb: Callable[..., Sequence[Value | RowError]],
+    spec: ModelSpec,
+    rows: Sequence[object],
+    *arguments: object,
+    **settings: object,
+) -> list[Json]:
+    """Run a core verb on this process's model: a progress bar, a line of log, a warning for rows that failed.
+
+    Args:
+        verb: Takes the model, the rows, the arguments and the settings, and `progress`.
+        spec: The recipe of the model.
+        rows: The batch.
+        arguments: What follows the rows.
+        settings: Keyword arguments.
+
+    Returns:
+        The rows as JSON, in order.
+    """
+    model, logger = loaded(spec), run_logger()
+    started = time.monotonic()
+    with progress_bar(f"{verb.__name__}: rows done", len(rows)) as progress:
+        results = verb(model, rows, *arguments, progress=progress, **settings)
+    batch, seconds = counted(len(rows), "row"), time.monotonic() - started
+    logger.info("%s: %s in %.1f s by %s on %s", verb.__name__, batch, seconds, model.info.name, model.info.device)
+    failed = [result for result in results if isinstance(result, RowError)]
+    if failed:
+        logger.warning("%d of %s failed; the first: %s", len(failed), batch, failed[0].message)
+    return [result.model_dump(mode="json") for result in results]
+
+
+def values(kind: type[Kind], rows: Sequence[Json]) -> list[Kind | RowError]:
+    """Turn a task's rows back into the core's values.
+
+    Args:
+        kind: What the verb returns: `Completion`, `Conclusion`, `Verification`, `Judgment`.
+        rows: JSON rows of a task.
+
+    Example:
+        >>> values(RowError, [{"code": "empty_text", "message": "a text holds at least one visible character."}])
+        [RowError(code='empty_text', message='a text holds at least one visible character.')]
+    """
+    adapter: TypeAdapter[list[Kind | RowError]] = TypeAdapter(list[kind | RowError])  # type: ignore[valid-type]
+    return adapter.validate_python(rows)
