@@ -121,13 +121,14 @@ def read_lora(path: Path) -> LoraFields:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InvalidAdapter(
-            f"an adapter is a plain LoRA in PEFT's format, but {path} has {wrong['loc'][0]}={wrong['input']!r} ({wrong['msg']}). "
-            "Train or convert it as a plain LoRA."
+            f"an adapter is a plain LoRA in PEFT's format, but {path} has {wrong['loc'][0]}={wrong['input']!r} "
+            f"({wrong['msg']}). Train or convert it as a plain LoRA."
         ) from error
-    unknown = {name: value for name, value in (fields.model_extra or {}).items() if value and name not in _WITHOUT_EFFECT}
+    extra = fields.model_extra or {}
+    unknown = [f"{name}={value!r}" for name, value in extra.items() if value and name not in _WITHOUT_EFFECT]
     if unknown:
         raise InvalidAdapter(
-            f"an adapter is a plain LoRA, but {path} also sets {', '.join(f'{n}={v!r}' for n, v in unknown.items())}. "
+            f"an adapter is a plain LoRA, but {path} also sets {', '.join(unknown)}. "
             "Merge it into its base and load that as base_model."
         )
     return fields

@@ -135,7 +135,9 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _mismatch(folder: Path, why: str) -> DigestMismatch:
-    return DigestMismatch(f"{folder} must hold the bytes that were prepared, but {why}. Delete that folder and try again.")
+    return DigestMismatch(
+        f"{folder} must hold the bytes that were prepared, but {why}. Delete that folder and try again."
+    )
 
 
 def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) -> dict[str, str]:
@@ -160,18 +162,20 @@ def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) ->
         kept: dict[str, list[Any]] = json.loads(ledger.read_bytes())
     except (OSError, ValueError):  # not there, or torn: the files are hashed again
         kept = {}
-    now = {}
+    now: dict[str, list[Any]] = {}
     for name in sorted(names):
         path = folder / name
         stat = path.stat()
-        size, time, digest = kept.get(name, (None, None, None))
-        unchanged = (size, time) == (stat.st_size, stat.st_mtime_ns)
-        if again or not unchanged:
-            found = sha256_of(path)
-            if unchanged and found != digest or not _is_named_so(path, found):
-                raise DigestMismatch(f"{path} must keep its bytes, but they have changed on the disk. Fetch or import it again.")
-            digest = found
-        now[name] = [stat.st_size, stat.st_mtime_ns, digest]
+        entry = kept.get(name)
+        unchanged = entry is not None and entry[:2] == [stat.st_size, stat.st_mtime_ns]
+        if entry is None or again or not unchanged:
+            digest = sha256_of(path)
+            if (unchanged and entry and digest != entry[2]) or not _is_named_so(path, digest):
+                raise DigestMismatch(
+                    f"{path} must keep its bytes, but they have changed on the disk. Fetch or import it again."
+                )
+            entry = [stat.st_size, stat.st_mtime_ns, digest]
+        now[name] = entry
     if now != {name: kept.get(name) for name in now}:
         _write(ledger, {**kept, **now})
     return {name: digest for name, (_, _, digest) in now.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
 from alpaca_core.cache import Manifest, cache_folder, digest_of, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
@@ -106,7 +106,7 @@ def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert,
         DigestMismatch: If bytes are not those that were prepared or seen before.
     """
     if spec.base_model == EMBEDDED_MODEL:
-        return _unpacked(spec.base_model, EMBEDDED_MODEL, EMBEDDED_SHA256, _embedded_file, unpack_gguf)
+        return _unpacked(spec.base_model, EMBEDDED_MODEL, EMBEDDED_SHA256, embedded_file, unpack_gguf)
     path, commit = fetch(spec.base_model, spec.revision, _BASE_FILES)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -138,7 +138,9 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
     path = Path(source).expanduser()
     if path.exists():
         if revision:
-            raise ModelNotFound(f"revision is a hub repository's commit, but {source!r} is on this disk. Drop revision.")
+            raise ModelNotFound(
+                f"revision is a hub repository's commit, but {source!r} is on this disk. Drop revision."
+            )
         return path.resolve(), None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.endswith(".gguf"):
         raise ModelNotFound(f"there is no file or folder {source!r}. Check the path.")
@@ -182,7 +184,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _embedded_file() -> Path:
+def embedded_file() -> Path:
+    """Return the GGUF file of the embedded model, without importing the package that brings it.
+
+    Raises:
+        ModelNotFound: If that package is not installed.
+    """
     name, pinned = _EMBEDDED_WHEEL
     try:
         files = distribution(name).files or []

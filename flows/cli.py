@@ -100,7 +100,7 @@ def _parser() -> Parser:
 
     add = command("judge", _judge, "judge each text by the model's logits", rows, model)
     about = "a choice, and other words that mean it; once for each (default: Yes=y,true and No=n,false)"
-    add("--label", dest="labels", action="append", type=label_of, metavar="NAME[=ALIAS,...]", help=about)
+    add("--label", dest="labels", action="append", metavar="NAME[=ALIAS,...]", help=about)
     add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
     add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
     add("--min-coverage", type=float, default=0.0, metavar="P", help="give no label below this coverage (default 0)")
@@ -160,11 +160,12 @@ def _answer(options: argparse.Namespace) -> int:
 
 def _judge(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
+    labels = [label_of(label) for label in options.labels] if options.labels else YES_NO
     with _model(options) as model, _progress(len(texts)) as progress:
         rows = judge(
             model,
             texts,
-            options.labels or YES_NO,
+            labels,
             instruction=options.instruction,
             show_labels=options.show_labels,
             min_coverage=options.min_coverage,
@@ -243,3 +244,7 @@ def _print(
     else:
         terminal.console.print(*views(), sep="\n")
     return 1 if any(isinstance(row, RowError) for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,8 +19,8 @@ from prefect_alpaca.flows import answer_question, judge_texts
 from prefect_alpaca.flows.terminal import answer_view, console, judgments_view, text
 
 EXAMPLES = Path("examples")
-LABELS: list[str] = ["World", "Sports", "Business", "Technology"]
-INSTRUCTION = "Which topic is this headline about?"
+LABELS = ["World", "Sports", "Business", "Technology"]
+INSTRUCTION = "Classify this headline."
 
 NEXT = """\
 .venv/bin/alpaca judge "Is an alpaca a bird?"                a verb on the command line
@@ -47,7 +47,7 @@ def main() -> None:
 
     console.print(Rule(f"judge-texts: {len(headlines)} headlines"))
     with console.status("Judging …"):
-        judgments = judge_texts(headlines, LABELS, INSTRUCTION, model)
+        judgments = judge_texts(headlines, LABELS, INSTRUCTION, model, show_labels=False)
     console.print(judgments_view(headlines, tasks.values(Judgment, judgments)))
 
     console.print(Rule())

@@ -27,6 +27,7 @@ def judge_texts(
     labels: Annotated[list[str | Label], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: str | None = "Which topic is this headline about?",
     model: ModelSpec = ModelSpec(),
+    show_labels: bool | None = None,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1)] = 10,
@@ -38,6 +39,7 @@ def judge_texts(
         labels: The choices; a label may have aliases, other words that mean the same.
         instruction: The question about each text; without one each text is the question itself.
         model: Which model judges.
+        show_labels: Name the labels in the prompt; by default where there are at most 20 and they are not yes and no.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
         method: Read the logits, or draw samples in words and count.
         samples: How many samples of each text are drawn where the method is sampled.
@@ -52,7 +54,14 @@ def judge_texts(
     judgments = tasks.values(
         Judgment,
         tasks.judge(
-            model, texts, labels, instruction=instruction, min_coverage=min_coverage, method=method, samples=samples
+            model,
+            texts,
+            labels,
+            instruction=instruction,
+            show_labels=show_labels,
+            min_coverage=min_coverage,
+            method=method,
+            samples=samples,
         ),
     )
     rows = list(zip(texts, judgments, strict=True))

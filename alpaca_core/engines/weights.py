@@ -50,7 +50,7 @@ def load_weights(spec: ModelSpec) -> Weights:
     base, adapters = find(spec)
     tokenizer = base.open_tokenizer()
     _check_memory(spec, base, device, dtype)
-    network: PreTrainedModel | PeftModel = _network(spec, base, device, dtype)
+    network: Any = _network(spec, base, device, dtype)
     if adapters:
         network = attach(network, adapters, dtype)
     if spec.merge_adapter:
@@ -152,7 +152,7 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
         with _quiet():
-            network, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base.folder,
                 dtype=dtype,
                 device_map=spec.device_map or {"": device},
@@ -162,11 +162,14 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, which is refused below
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NotEnoughMemory(f"{device} ran out of memory while it loaded {base.name!r}. {_SMALLER}") from error
     except Exception as error:  # shapes, torn files, unknown families: transformers raises every kind
         raise InvalidCheckpoint(f"{base.folder} cannot be loaded ({error}). Fetch the model again.") from error
+    network: PreTrainedModel
+    network, report = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise InvalidCheckpoint(
@@ -174,8 +177,7 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
             + "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in wrong.items())
             + ". Fetch the model again, config.json included."
         )
-    loaded: PreTrainedModel = network
-    return loaded
+    return network
 
 
 def _check_config(base: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alpaca_core.spec import ModelSpec
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -28,8 +28,6 @@ SHAPE = {
     "max_position_embeddings": 128,
     "vocab_size": len(VOCABULARY),
 }
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +81,13 @@ def embedded() -> ModelSpec:
 
 
 @pytest.fixture
-def make_adapter(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+def make_adapter(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
     """Make LoRA folders with PEFT itself, their B matrices random."""
 
     def make(name: str = "lora", base: Path = tiny, seed: int = 1, **config: Any) -> Path:
         network = LlamaForCausalLM.from_pretrained(base)
-        config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
-        model = get_peft_model(network, LoraConfig(**config))
+        plain: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+        model: Any = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **plain | config))
         torch.manual_seed(seed)
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
@@ -97,7 +95,7 @@ def make_adapter(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
         model.save_pretrained(tmp_path / name)
         return tmp_path / name
 
-    yield make
+    return make
 
 
 @pytest.fixture
@@ -105,7 +103,9 @@ def make_pickled(make_adapter: Callable[..., Path], tmp_path: Path) -> Callable[
     """Make LoRA folders as they were published in 2023: a pickle, and the configuration of that time."""
 
     def make(name: str = "pickled", **config: Any) -> Path:
-        modern = make_adapter(f"{name}-modern", r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+        modern = make_adapter(
+            f"{name}-modern", r=16, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        )
         folder = tmp_path / name
         folder.mkdir()
         torch.save(load_file(modern / "adapter_model.safetensors"), folder / "adapter_model.bin")
@@ -187,7 +187,7 @@ def make_gguf(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
             heads = {"q_proj": 4, "k_proj": 2}.get(stem.rpartition(".")[2])
             if heads:  # (heads, 2, half, hidden) -> (heads, half, 2, hidden)
                 tensor = tensor.reshape(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            writer.add_tensor(names.get_name(stem) + ".weight", np.ascontiguousarray(tensor.float().numpy()))
+            writer.add_tensor(f"{names.get_name(stem)}.weight", np.ascontiguousarray(tensor.float().numpy()))
         if extra:
             writer.add_tensor(extra, np.ones(8, dtype=np.float32))
         writer.write_header_to_file()
@@ -201,7 +201,8 @@ def make_gguf(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def _logits(network: Any, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return network(torch.tensor([ids])).logits[0].float()  # (T, V)
+        found: torch.Tensor = network(torch.tensor([ids])).logits[0].float()  # (T, V)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def test_an_adapter_s_template_is_what_lies_beside_it(make_adapter: Callable[...
     (folder / "alpaca.json").write_text('{"template": "alpaca-lora"}')
     assert find_adapters(spec)[0].info.template == "alpaca-lora"
     (folder / "alpaca.json").write_text('{"template": "jinja"}')
-    with pytest.raises(DigestMismatch, match="alpaca.json cannot be read"):
+    with pytest.raises(DigestMismatch, match=r"alpaca.json cannot be read"):
         find_adapters(spec)
 
 
@@ -111,7 +111,8 @@ def test_an_imported_adapter_holds_the_same_tensors_and_is_found_by_its_source(
     assert adapter.folder == folder
     expected = torch.load(source / "adapter_model.bin", weights_only=True)
     found = load_file(folder / "adapter_model.safetensors")
-    assert set(found) == set(expected) and all(torch.equal(found[key], expected[key]) for key in found)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
     sidecar = json.loads((folder / "alpaca.json").read_text())
     assert sidecar["source"] == str(source)
     assert sidecar["source_sha256"]["adapter_model.bin"] == sha256_of(source / "adapter_model.bin")
@@ -148,7 +149,7 @@ def test_a_pickle_that_is_written_again_has_to_be_imported_again(make_pickled: C
     before = find_adapters(spec)[0].info.digest
     torch.save({key: 2 * value for key, value in torch.load(source / "adapter_model.bin", weights_only=True).items()},
                source / "adapter_model.bin")  # fmt: skip
-    with pytest.raises(DigestMismatch, match="has changed since it was imported.*import-adapter"):
+    with pytest.raises(DigestMismatch, match=r"has changed since it was imported.*import-adapter"):
         find_adapters(spec)
     import_adapter(source)
     assert find_adapters(spec)[0].info.digest != before
@@ -164,7 +165,7 @@ def test_a_flipped_bit_in_an_imported_adapter_is_found(make_pickled: Callable[..
     weights.write_bytes(content)
     for times in ((stat.st_atime_ns, stat.st_mtime_ns), (1, 1)):
         os.utime(weights, ns=times)
-        with pytest.raises(DigestMismatch, match="adapter_model.safetensors"):
+        with pytest.raises(DigestMismatch, match=r"adapter_model.safetensors"):
             find_adapters(ModelSpec(adapter=str(source)))
 
 
@@ -179,7 +180,7 @@ def test_what_needs_no_import_is_said_to(make_adapter: Callable[..., Path], tmp_
     with pytest.raises(InvalidRequest, match="Load it as it is"):
         import_adapter(make_adapter())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelNotFound, match="adapter_model.bin"):
+    with pytest.raises(ModelNotFound, match=r"adapter_model.bin"):
         import_adapter(tmp_path / "empty")
     with pytest.raises(ModelNotFound, match="neither on this disk"):
         import_adapter("nobody/no-lora", revision="abc")
@@ -246,7 +247,8 @@ def test_tensors_that_share_memory_are_imported(make_pickled: Callable[..., Path
     tensors[first], tensors[second] = whole[:, :16], whole[:, 16:]
     torch.save(tensors, source / "adapter_model.bin")
     found = load_file(import_adapter(source) / "adapter_model.safetensors")
-    assert torch.equal(found[first], whole[:, :16]) and torch.equal(found[second], whole[:, 16:])
+    assert torch.equal(found[first], whole[:, :16])
+    assert torch.equal(found[second], whole[:, 16:])
 
 
 def test_safetensors_beside_a_pickle_are_preferred(make_pickled: Callable[..., Path]) -> None:

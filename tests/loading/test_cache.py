@@ -72,7 +72,8 @@ def test_a_folder_is_built_once_and_its_files_are_hashed(tmp_path: Path) -> None
     folder = tmp_path / "deep" / "folder"
     first = prepare(folder, build)
     assert prepare(folder, build) == first
-    assert len(built) == 1 and not built[0].exists()
+    assert len(built) == 1
+    assert not built[0].exists()
     assert first.sha256 == {"weights": hashlib.sha256(b"weights").hexdigest()}
     assert first.template == "alpaca"
 
@@ -103,7 +104,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_no_folder(tmp_path: Pa
         write_one(scratch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(LoadError, match="No space left.*ALPACA_CACHE"):
+    with pytest.raises(LoadError, match=r"No space left.*ALPACA_CACHE"):
         prepare(tmp_path / "folder", build)
     assert [path.name for path in tmp_path.iterdir()] == [".folder.lock"]
 
@@ -141,7 +142,7 @@ def test_a_spoilt_folder_is_refused_and_named(tmp_path: Path, spoil: object) -> 
     folder = tmp_path / "folder"
     prepare(folder, write_one)
     spoil(folder)  # type: ignore[operator]
-    with pytest.raises(DigestMismatch, match=f"Delete that folder") as caught:
+    with pytest.raises(DigestMismatch, match="Delete that folder") as caught:
         prepare(folder, write_one)
     assert str(folder) in str(caught.value)
 
@@ -153,9 +154,7 @@ def test_replacing_builds_anew(tmp_path: Path) -> None:
     assert set(prepare(folder, write_one, replace=True).sha256) == {"weights"}
 
 
-def test_files_are_hashed_once_until_they_are_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_hashed_once_until_they_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
 
     def counting(path: Path) -> str:

@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from alpaca_core.checkpoints import EMBEDDED_SHA256, Checkpoint, fetch, find_base
@@ -25,9 +27,8 @@ def convert(source: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text((source / "tokenizer.model").read_text())
 
 
-def find(base_model: object, **settings: object) -> Checkpoint:
-    again = bool(settings.pop("again", False))
-    return find_base(ModelSpec(base_model=str(base_model), **settings), unpack, convert, again=again)  # type: ignore[arg-type]
+def find(base_model: object, **settings: Any) -> Checkpoint:
+    return find_base(ModelSpec(base_model=str(base_model), **settings), unpack, convert)
 
 
 def test_a_local_folder_is_used_where_it_lies(base: Path) -> None:
@@ -63,7 +64,7 @@ def test_shards_are_found_by_their_index(base: Path) -> None:
     (base / found.weights[1]).unlink()
     with pytest.raises(InvalidCheckpoint, match=found.weights[1]):
         find(base)
-    index.write_text(json.dumps({"weight_map": {name: "../base/config.json" for name in tensors}}))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "../base/config.json")}))
     with pytest.raises(InvalidCheckpoint, match="not in its folder"):
         find(base)
 
@@ -99,7 +100,7 @@ def test_what_is_no_model_is_not_found(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_hub_name_that_cannot_be_had_is_not_found(publish: Callable[..., str]) -> None:
-    with pytest.raises(ModelNotFound, match="'nobody/no-such-model' is neither.*network"):
+    with pytest.raises(ModelNotFound, match=r"'nobody/no-such-model' is neither.*network"):
         find("nobody/no-such-model")
     with pytest.raises(ModelNotFound, match="at revision 'abc'"):
         find("nobody/no-such-model", revision="abc")
@@ -118,25 +119,24 @@ def test_a_hub_model_is_read_from_its_cache_without_a_network(tiny: Path, publis
 def test_a_hub_model_without_safetensors_is_unsafe(base: Path, publish: Callable[..., str]) -> None:
     (base / "model.safetensors").unlink()
     publish(base, "someone/pickled")
-    with pytest.raises(UnsafeCheckpoint, match="publishes model.safetensors"):
+    with pytest.raises(UnsafeCheckpoint, match=r"publishes model.safetensors"):
         find("someone/pickled")
 
 
 def test_a_download_takes_no_pickles_and_no_second_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked: dict[str, list[str]] = {}
+    asked: dict[str, Any] = {}
 
     def download(source: str, *, revision: str | None, **patterns: list[str]) -> str:
         asked.update(patterns)
         return str(tmp_path)
 
     monkeypatch.setattr("alpaca_core.checkpoints.snapshot_download", download)
-    with pytest.raises(InvalidCheckpoint, match="config.json"):
+    with pytest.raises(InvalidCheckpoint, match=r"config.json"):
         find("someone/tiny")
     files = [
-        "config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "pytorch_model.bin",
-        "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.safetensors", "modeling.py", "x.pkl",
+        "config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja",
+        "pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.safetensors",
+        "modeling.py", "x.pkl",
     ]  # fmt: skip
     assert list(filter_repo_objects(files, **asked)) == files[:4]
 
@@ -159,7 +159,8 @@ def test_a_gguf_file_is_unpacked_once_by_its_bytes(tmp_path: Path, cache: Path) 
     for name in ("one.gguf", "two.gguf"):
         (tmp_path / name).write_text(name)
     one, two = find(tmp_path / "one.gguf"), find(tmp_path / "two.gguf")
-    assert one.folder != two.folder and one.folder.parent == cache / "models"
+    assert one.folder != two.folder
+    assert one.folder.parent == cache / "models"
     assert find(tmp_path / "one.gguf") == one
     (tmp_path / "one.gguf").write_text("written again")
     assert find(tmp_path / "one.gguf").folder != one.folder
@@ -178,7 +179,7 @@ def test_another_file_in_the_wheel_s_place_is_not_the_embedded_model(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other.gguf").write_text("other")
-    monkeypatch.setattr("alpaca_core.checkpoints._embedded_file", lambda: tmp_path / "other.gguf")
+    monkeypatch.setattr("alpaca_core.checkpoints.embedded_file", lambda: tmp_path / "other.gguf")
     with pytest.raises(DigestMismatch, match=EMBEDDED_SHA256):
         find_base(ModelSpec(), unpack, convert)
     assert not [path for path in (cache / "models").iterdir() if path.is_dir()]
@@ -229,5 +230,5 @@ def test_the_chat_template_is_the_file_s_else_the_configuration_s_else_none(base
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_a_torn_configuration_is_named(base: Path, content: str) -> None:
     (base / "generation_config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InvalidCheckpoint, match="generation_config.json"):
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config.json"):
         find(base).open_tokenizer()

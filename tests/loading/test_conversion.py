@@ -3,19 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2 as proto
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoModelForCausalLM
 
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.errors import InvalidCheckpoint
 from alpaca_core.tokenizer import Tokenizer
 
-WORDS = "the a of Einstein Albert and first name is what two cans pierogi".split()
+WORDS = ["the", "a", "of", "Einstein", "Albert", "and", "first", "name", "is", "what", "two", "cans", "pierogi"]
 
 
 def test_a_gguf_file_unpacks_to_the_weights_that_went_in(
@@ -59,7 +60,7 @@ def test_a_tensor_that_has_no_place_is_refused(make_gguf: Callable[..., Path], t
 
 
 def test_another_family_is_refused(make_gguf: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidCheckpoint, match="other.gguf"):
+    with pytest.raises(InvalidCheckpoint, match=r"other.gguf"):
         unpack_gguf(make_gguf("other.gguf", architecture="qwen2"), tmp_path / "out")
 
 
@@ -131,7 +132,7 @@ def test_a_model_of_another_kind_is_refused(sentencepiece: Path, tmp_path: Path)
     model.ParseFromString((sentencepiece / "tokenizer.model").read_bytes())
     model.normalizer_spec.remove_extra_whitespaces = True
     (sentencepiece / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(InvalidCheckpoint, match="Put a tokenizer.json there"):
+    with pytest.raises(InvalidCheckpoint, match=r"Put a tokenizer.json there"):
         convert_tokenizer(sentencepiece, tmp_path / "out")
 
 

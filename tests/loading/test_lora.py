@@ -123,9 +123,7 @@ def test_the_notebook_s_adapter_loads_once_it_is_imported(
     source = make_pickled()
     folder = import_adapter(source, template="alpaca-lora")
     loaded = load(tiny, adapter=str(source))
-    torch.testing.assert_close(
-        logits(loaded.network, IDS), logits(by_hand(tiny, folder), IDS), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(logits(loaded.network, IDS), logits(by_hand(tiny, folder), IDS), atol=1e-4, rtol=1e-4)
     assert loaded.info.adapters[0].template == "alpaca-lora"
 
 
@@ -158,7 +156,7 @@ def test_an_adapter_for_modules_that_the_base_lacks_is_refused(tiny: Path, make_
     folder = make_adapter()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["query_key_value"]}))
-    with pytest.raises(InvalidAdapter, match="query_key_value.*another base"):
+    with pytest.raises(InvalidAdapter, match=r"query_key_value.*another base"):
         load(tiny, adapter=str(folder))
 
 

@@ -80,9 +80,7 @@ def test_the_digest_covers_all_that_can_change_a_result(
     assert load(base).info.digest not in digests
 
 
-@pytest.mark.parametrize(
-    ("quantization", "tolerance"), [("int8", 0.06), ("nf4", 0.4)]
-)  # of the logits' own spread
+@pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.06), ("nf4", 0.4)])  # of the logits' own spread
 def test_quantized_networks_are_near_the_plain_one_and_smaller(
     tiny: Path, quantization: str, tolerance: float, logits: Callable[..., torch.Tensor]
 ) -> None:
@@ -93,9 +91,7 @@ def test_quantized_networks_are_near_the_plain_one_and_smaller(
     assert quantized.info.quantization == quantization
 
 
-def test_a_row_s_int8_result_does_not_depend_on_an_outlier_in_its_neighbour(
-    tiny: Path, base: Path
-) -> None:
+def test_a_row_s_int8_result_does_not_depend_on_an_outlier_in_its_neighbour(tiny: Path, base: Path) -> None:
     # LLM.int8() at its default threshold picks outlier columns over the whole batch; ours is 0
     edit_tensors(base, lambda tensors: tensors["model.embed_tokens.weight"][100].mul_(1000))
     network = load(base, quantization="int8").network
@@ -108,8 +104,8 @@ def test_a_row_s_int8_result_does_not_depend_on_an_outlier_in_its_neighbour(
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), "1 missing keys.*layers.1.mlp.up_proj"),
-        (lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}), "1 unexpected keys.*model.extra.weight"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight|size mismatch|mismatched"),
+        (lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}), "1 unexpected keys.*extra.weight"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), "1 mismatched keys.*norm.weight"),
         (lambda tensors: tensors["model.norm.weight"].fill_(float("nan")), "must be finite.*model.norm.weight"),
         (lambda tensors: tensors["lm_head.weight"][3].fill_(float("-inf")), "must be finite.*lm_head.weight"),
     ],
@@ -127,21 +123,21 @@ def test_wrong_tensors_are_refused(
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_nan_inside_a_quantized_weight_is_refused(base: Path, quantization: str) -> None:
     edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(float("nan")))
-    with pytest.raises(InvalidCheckpoint, match="must be finite.*layers.0.mlp.up_proj"):
+    with pytest.raises(InvalidCheckpoint, match=r"must be finite.*layers.0.mlp.up_proj"):
         load(base, quantization=quantization)
 
 
 def test_a_weight_that_is_too_large_for_the_dtype_is_refused(base: Path) -> None:
     edit_tensors(base, lambda tensors: tensors["model.norm.weight"].fill_(1e5))
     load(base)
-    with pytest.raises(InvalidCheckpoint, match="finite in torch.float16.*float32"):
+    with pytest.raises(InvalidCheckpoint, match=r"finite in torch.float16.*float32"):
         load(base, dtype="float16")
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_wrong_layer_count_is_refused(base: Path, layers: int) -> None:
     edit(base / "config.json", num_hidden_layers=layers)
-    with pytest.raises(InvalidCheckpoint, match="9 (missing|unexpected) keys"):
+    with pytest.raises(InvalidCheckpoint, match=r"9 (missing|unexpected) keys"):
         load(base)
 
 
@@ -163,7 +159,7 @@ def test_tied_embeddings_need_no_head(base: Path) -> None:
 def test_a_torn_weight_file_is_refused(base: Path, keep: int) -> None:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(InvalidCheckpoint, match="model.safetensors"):
+    with pytest.raises(InvalidCheckpoint, match=r"model.safetensors"):
         load(base)
 
 
@@ -173,7 +169,7 @@ def test_a_repository_s_own_code_is_never_run(base: Path, tmp_path: Path) -> Non
     edit(base / "config.json", auto_map={"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"})
     load(base)  # transformers knows the family by itself
     edit(base / "config.json", model_type="another")
-    with pytest.raises(UnsafeCheckpoint, match="code is never run.*modeling.Model"):
+    with pytest.raises(UnsafeCheckpoint, match=r"code is never run.*modeling.Model"):
         load(base)
     assert not evidence.exists()
 
@@ -236,7 +232,7 @@ def test_the_memory_that_is_needed_is_known_before(tiny: Path, quantization: str
 def test_too_little_memory_is_said_before_loading(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**18))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(NotEnoughMemory, match="0.0 GiB as none/torch.float32, but cpu.*quantization='int8'"):
+    with pytest.raises(NotEnoughMemory, match=r"0.0 GiB as none/torch.float32, but cpu.*quantization='int8'"):
         load(tiny)
 
 

@@ -1,0 +1,28 @@
+"""What the tests of flows share: reading back what a run left."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+
+Left = Callable[[str], tuple[FlowRun, str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def left(prefect_api: None) -> Left:
+    """A function: the newest run of a flow, its Markdown artifact, and its table artifact."""
+
+    def read(flow: str) -> tuple[FlowRun, str, list[dict[str, Any]]]:
+        with get_client(sync_client=True) as client:
+            named = FlowFilter(name=FlowFilterName(any_=[flow]))
+            run = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+            found = {each.key: each.data for each in client.read_artifacts() if each.flow_run_id == run.id and each.key}
+        assert set(found) == {flow, f"{flow}-table"}
+        return run, str(found[flow]), json.loads(str(found[f"{flow}-table"]))
+
+    return read

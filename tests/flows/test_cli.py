@@ -1,0 +1,230 @@
+"""The command line: exit codes, one JSON object a row, errors of one line."""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import alpaca_core
+from alpaca_core import Label, LanguageModel, ModelSpec, Sampling
+from alpaca_core.errors import ModelNotFound
+from alpaca_core.testing import FakeModel
+from prefect_alpaca.flows import cli
+from prefect_alpaca.flows.options import label_of
+
+FAKE = FakeModel(
+    {
+        "Proposed answer": {"Yes": 0.8, "No": 0.2},
+        "given these steps": "The answer is 10.",
+        "step by step": "5 and 5.",
+        "Paris": {"Yes": 0.75, "No": 0.25},
+        "Topic?": {"Sports": 0.6, "World": 0.3, "foot": 0.1},
+        "escape": "\x1b[31mred [bold]not bold[/bold]",
+    },
+    {"Blue and green.": 0.5, "Red and grey.": 0.5},
+)
+
+
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[ModelSpec]:
+    """The specs that the command line loads; what it gets is the fake."""
+    asked: list[ModelSpec] = []
+
+    @contextmanager
+    def load(spec: ModelSpec) -> Iterator[LanguageModel]:
+        asked.append(spec)
+        print("a library that prints")
+        yield FAKE
+
+    monkeypatch.setattr(cli, "load_model", load)
+    return asked
+
+
+def objects(printed: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+pytestmark = pytest.mark.usefixtures("specs")
+
+
+def test_generate_prints_one_object_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "Two colours?", "Two more?", "--temperature", "1", "--seed", "5", "--json"]) == 0
+    expected = alpaca_core.generate(FAKE, ["Two colours?", "Two more?"], Sampling(temperature=1.0, seed=5))
+    assert objects(capsys.readouterr().out) == [row.model_dump(mode="json") for row in expected]
+
+
+def test_answer_prints_the_named_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["answer", "How many pierogi?", "--json"]) == 0
+    [row] = objects(capsys.readouterr().out)
+    assert {"question", "reasoning", "answer", "p_correct", "attempts"} <= set(row)
+    assert (row["reasoning"], row["answer"], row["attempts"]) == ("5 and 5.", "The answer is 10.", 1)
+    assert row["p_correct"] == pytest.approx(0.8)
+
+
+def test_answer_can_leave_steps_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["answer", "How many?", "--no-reason", "--no-verify", "--json"]) == 0
+    [row] = objects(capsys.readouterr().out)
+    assert row["reasoning"] is None
+    assert row["p_correct"] is None
+
+
+def test_judge_takes_labels_aliases_and_an_instruction(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["--label", "World", "--label", "Sports=foot,ball"]
+    assert cli.main(["judge", "A late goal", *labels, "--instruction", "Topic?", "--json"]) == 0
+    [row] = objects(capsys.readouterr().out)
+    assert {"text", "label", "probabilities", "coverage"} <= set(row)
+    assert row["label"] == "Sports"
+    assert row["probabilities"] == pytest.approx({"World": 0.3, "Sports": 0.7})
+
+
+def test_judge_asks_yes_or_no_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["judge", "Is Paris the capital of France?", "--json"]) == 0
+    assert objects(capsys.readouterr().out)[0]["probabilities"] == pytest.approx({"Yes": 0.75, "No": 0.25})
+
+
+def test_tokens_shows_ids_and_pieces(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tokens", "paca", "--next", "2", "--json"]) == 0
+    [row] = objects(capsys.readouterr().out)
+    assert [(token["id"], token["text"], token["special"]) for token in row["tokens"]] == [
+        (ord(letter), letter, False) for letter in "paca"
+    ]
+    assert sorted(token["text"] for token in row["next"]) == ["B", "R"]
+
+
+def test_rows_come_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Is Paris big?\nIs Paris old?\n"))
+    assert cli.main(["judge", "Paris?", "-", "--json"]) == 0
+    assert [row["text"] for row in objects(capsys.readouterr().out)] == ["Paris?", "Is Paris big?", "Is Paris old?"]
+
+
+@pytest.mark.parametrize("command", ["generate", "answer", "judge", "tokens"])
+def test_a_failed_row_gives_exit_code_1_and_the_others_are_printed(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "Paris?", " ", "\ud800", "--json"]) == 1
+    rows = objects(capsys.readouterr().out)
+    assert [row.get("code") for row in rows] == [None, "empty_text", "invalid_text"]
+    assert cli.main([command, "Paris?", " "]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "--top-p", "0.5"],
+        ["generate", "a", "--top-k", "0", "--temperature", "1"],
+        ["generate", "a", "--temperature", "nan"],
+        ["generate", "a", "--max-new-tokens", "many"],
+        ["generate", "a", "--quantization", "int3"],
+        ["generate"],
+        ["judge", "a", "--label", "one"],
+        ["judge", "a", "--label", "no", "--label", "No "],
+        ["judge", "a", "--label", "b", "--label", "c=, "],
+        ["judge", "a", "--min-coverage", "2"],
+        ["judge", "a", "--device", "tpu"],
+        ["answer", "a", "--max-attempts", "2"],
+        ["tokens", "a", "--next", "-1"],
+        ["tokens", "a", "--mistyped"],
+        ["sing", "a"],
+        [],
+    ],
+)
+def test_bad_input_gives_exit_code_2_and_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = cli.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line != "a library that prints"]
+    assert len(lines) == 1
+    assert lines[0].startswith("alpaca")
+
+
+def test_a_model_that_cannot_be_loaded_gives_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(spec: ModelSpec) -> LanguageModel:
+        raise ModelNotFound(f"there is no {spec.base_model!r}.\nLook again.")
+
+    monkeypatch.setattr(cli, "load_model", load)
+    assert cli.main(["judge", "a", "--model", "no/such"]) == 2
+    assert capsys.readouterr().err == "alpaca: there is no 'no/such'. Look again.\n"
+
+
+def test_options_name_the_model(specs: list[ModelSpec]) -> None:
+    cli.main(["judge", "Paris?"])
+    cli.main(["judge", "Paris?", "--model", "alpaca-7b", "--quantization", "nf4", "--template", "alpaca"])
+    cli.main(["judge", "Paris?", "--model", "some/model", "--revision", "abc", "--device", "cpu", "--dtype", "float32"])
+    assert specs == [
+        ModelSpec(),
+        ModelSpec.preset("alpaca-7b").model_copy(update={"quantization": "nf4", "template": "alpaca"}),
+        ModelSpec(base_model="some/model", revision="abc", device="cpu", dtype="float32"),
+    ]
+
+
+def test_labels_are_read_with_their_aliases() -> None:
+    assert label_of("not sure") == "not sure"
+    assert label_of("Yes=y,true") == Label(name="Yes", aliases=("y", "true"))
+
+
+@pytest.mark.parametrize("command", ["generate", "answer", "judge", "tokens"])
+def test_people_get_something_to_read_without_escape_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "Paris?"]) == 0
+    assert cli.main([command, "escape \x1b[31m", "[bold]Paris[/bold]?"]) == 0
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out
+    assert "[bold]" in printed.out
+    assert "a library that prints" not in printed.out
+
+
+@pytest.mark.parametrize("command", ["", "generate", "answer", "judge", "tokens", "import-adapter", "doctor"])
+def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"] if command else ["--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_every_option_says_what_it_is() -> None:
+    parsers: list[argparse.ArgumentParser] = [cli._parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            else:
+                assert action.help, (parser.prog, action.option_strings)
+    assert len(parsers) == 7
+
+
+def test_import_adapter_says_where_the_result_lies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = {}
+
+    def convert(source: str, **settings: object) -> Path:
+        asked[source] = settings
+        return tmp_path
+
+    monkeypatch.setattr(cli, "import_adapter", convert)
+    assert cli.main(["import-adapter", "some/adapter", "--template", "alpaca", "--out", "there", "--json"]) == 0
+    assert asked == {"some/adapter": {"template": "alpaca", "revision": None, "out": Path("there")}}
+    assert objects(capsys.readouterr().out) == [{"source": "some/adapter", "folder": str(tmp_path)}]
+
+
+@pytest.mark.end_to_end
+def test_the_embedded_model_judges_from_a_shell() -> None:
+    command = [sys.executable, "-m", "prefect_alpaca.flows.cli", "judge", "Is ice cold?", "Is fire cold?", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
+    rows = objects(done.stdout)
+    assert [row["text"] for row in rows] == ["Is ice cold?", "Is fire cold?"]
+    assert [sum(row["probabilities"].values()) for row in rows] == pytest.approx([1, 1])
+    assert all(0 < row["coverage"] <= 1 for row in rows)

@@ -1,0 +1,45 @@
+"""The flow `judge-texts` equals the core's `judge`, and leaves a page and a table."""
+
+import pytest
+
+import alpaca_core
+from alpaca_core import Judgment, Label
+from alpaca_core.testing import FakeModel
+from prefect_alpaca.flows import judge_texts
+from prefect_alpaca.tasks import use_model, values
+
+from .conftest import Left
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+FAKE = FakeModel({"goal": {"Sports": 0.6, "World": 0.2, "Tech": 0.1, "Hm": 0.1}, "chip": {"Hm": 0.99, "Tech": 0.01}})
+TEXTS = ["A late goal | <i>again</i>", " ", "A new chip"]
+LABELS = ["World", "Sports", Label(name="Technology", aliases=("Tech",))]
+
+
+def test_the_flow_equals_the_core(left: Left) -> None:
+    expected = alpaca_core.judge(FAKE, TEXTS, LABELS, instruction="Which topic?", min_coverage=0.5)
+    with use_model(FAKE):
+        rows = judge_texts(TEXTS, LABELS, "Which topic?", min_coverage=0.5)
+    assert values(Judgment, rows) == expected
+    run, page, table = left("judge-texts")
+    assert run.name == "judge 3 texts"
+    assert [row["label"] for row in table] == ["Sports", None, None]
+    assert [row["P(Technology)"] for row in table] == pytest.approx([1 / 9, None, 1.0], abs=1e-3)
+    assert "**Sports**" in page
+    assert "**Failed** (`empty_text`)" in page
+    assert "none: coverage" in page
+    assert "<i>" not in page
+
+
+def test_without_an_instruction_each_text_is_the_question(left: Left) -> None:
+    fake = FakeModel({"Is it?": {"Yes": 0.7, "No": 0.3}})
+    with use_model(fake):
+        rows = judge_texts(["Is it?"], ["Yes", "No"], None)
+    assert rows[0]["probabilities"]["Yes"] == pytest.approx(0.7)
+    assert left("judge-texts")[0].state_name == "Completed"
+
+
+def test_the_defaults_run_as_they_are() -> None:
+    with use_model(FakeModel({"": {"World": 0.5, "Sports": 0.5}})):
+        assert len(judge_texts()) == 2

@@ -1,0 +1,91 @@
+"""The process's models: loaded once, whoever asks, and replaceable for tests."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from prefect import flow, unmapped
+from prefect.task_runners import ThreadPoolTaskRunner
+
+import alpaca_core
+from alpaca_core import LanguageModel, ModelSpec
+from alpaca_core.testing import FakeModel
+from prefect_alpaca import tasks
+from prefect_alpaca.tasks import model as room
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelSpec]]:
+    """Every load that happens; each takes a moment, as real ones do."""
+    happened: list[ModelSpec] = []
+
+    @contextmanager
+    def load(spec: ModelSpec) -> Iterator[LanguageModel]:
+        happened.append(spec)
+        time.sleep(0.05)
+        yield FakeModel({"?": {"Yes": 0.75, "No": 0.25}})
+
+    monkeypatch.setattr(alpaca_core, "load_model", load)
+    monkeypatch.setattr(room, "_models", {})
+    with ExitStack() as opened:
+        monkeypatch.setattr(room, "_open", opened)
+        yield happened
+
+
+def test_threads_that_ask_at_once_share_one_load(loads: list[ModelSpec]) -> None:
+    barrier = threading.Barrier(8)
+
+    def ask(_: int) -> LanguageModel:
+        barrier.wait()
+        return room.loaded(ModelSpec())
+
+    with ThreadPoolExecutor(8) as pool:
+        models = set(map(id, pool.map(ask, range(8))))
+    assert len(models) == len(loads) == 1
+
+
+def test_each_spec_is_loaded_once_and_kept_warm(loads: list[ModelSpec]) -> None:
+    first, second = ModelSpec(), ModelSpec(batch_size=1)
+    assert room.loaded(first) is room.loaded(ModelSpec())
+    assert room.loaded(second) is not room.loaded(first)
+    assert loads == [first, second]
+
+
+def test_a_load_that_fails_is_tried_again_by_the_next_task(
+    loads: list[ModelSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def fail(spec: ModelSpec) -> Iterator[LanguageModel]:
+        raise OSError("away")
+        yield
+
+    works = alpaca_core.load_model
+    monkeypatch.setattr(alpaca_core, "load_model", fail)
+    with pytest.raises(OSError, match="away"):
+        room.loaded(ModelSpec())
+    monkeypatch.setattr(alpaca_core, "load_model", works)
+    assert room.loaded(ModelSpec()).info.name == "fake"
+
+
+def test_use_model_replaces_every_spec_until_its_block_ends(loads: list[ModelSpec]) -> None:
+    outer, inner = FakeModel("a"), FakeModel("b")
+    with tasks.use_model(outer):
+        with tasks.use_model(inner):
+            assert room.loaded(ModelSpec()) is inner
+        assert room.loaded(ModelSpec(batch_size=1)) is outer
+    assert loads == []
+    assert room.loaded(ModelSpec()) not in (outer, inner)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_mapped_tasks_of_the_thread_runner_load_once(loads: list[ModelSpec]) -> None:
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=4))
+    def mapped() -> list[str]:
+        batches = [[f"Is {number} even?"] for number in range(8)]
+        return [rows[0]["label"] for rows in tasks.judge.map(unmapped(ModelSpec()), batches).result()]
+
+    assert mapped() == ["Yes"] * 8
+    assert loads == [ModelSpec()]

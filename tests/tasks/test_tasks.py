@@ -1,0 +1,109 @@
+"""The tasks: the core's verbs under their own names, JSON out, nothing cached."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+import alpaca_core
+from alpaca_core import Completion, Conclusion, Judgment, ModelSpec, RowError, Sampling, Verification
+from alpaca_core.spec import Value
+from alpaca_core.testing import FakeModel
+from prefect_alpaca import tasks
+
+VERBS = ["generate", "chain_of_thought", "conclude", "verify", "judge"]
+FAKE = FakeModel({"Yes": {"Yes": 0.9, "No": 0.1}, "?": {"Yes": 0.75, "No": 0.25, "Who knows": 0.5}}, "Because.")
+GOOD_AND_BAD = ["Is it so?", "   ", "Say Yes.", "\ud800"]
+CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
+    ("generate", Completion, (GOOD_AND_BAD, Sampling(temperature=1.0)), {"sample_indices": [3, 1, 4, 1]}),
+    ("generate", Completion, (["Add"], Sampling(max_new_tokens=2)), {"inputs": ["1 and 1"], "template": "alpaca-lora"}),
+    ("chain_of_thought", Completion, (GOOD_AND_BAD,), {}),
+    ("conclude", Conclusion, (GOOD_AND_BAD, ["Since.", None, None, ""]), {}),
+    ("verify", Verification, (GOOD_AND_BAD, ["a", "b", "c", "d"]), {"reasonings": None}),
+    ("verify", Verification, (["Is it so?"], ["so"]), {"method": "sampled", "samples": 4, "seed": 7}),
+    ("judge", Judgment, (GOOD_AND_BAD,), {}),
+    ("judge", Judgment, (GOOD_AND_BAD, ["Yes", "No", "Who knows"]), {"instruction": "Which?", "min_coverage": 0.5}),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_task_takes_what_its_verb_takes_with_a_spec_for_the_model(verb: str) -> None:
+    core = dict(inspect.signature(getattr(alpaca_core, verb)).parameters)
+    task = dict(inspect.signature(getattr(tasks, verb).fn).parameters)
+    assert task.pop("model").annotation is ModelSpec
+    del core["model"], core["progress"]
+    assert list(task) == list(core)
+    assert [each.default for each in task.values()] == [each.default for each in core.values()]
+    assert [each.kind for each in task.values()] == [each.kind for each in core.values()]
+
+
+@pytest.mark.parametrize(("verb", "kind", "arguments", "settings"), CALLS)
+def test_a_task_returns_the_verbs_values_as_json(
+    verb: str, kind: type[Value], arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
+    expected = getattr(alpaca_core, verb)(FAKE, *arguments, **settings)
+    with tasks.use_model(FAKE):
+        rows = getattr(tasks, verb).fn(ModelSpec(), *arguments, **settings)
+    assert json.loads(json.dumps(rows)) == rows
+    assert tasks.values(kind, rows) == expected
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "load_model"])
+def test_nothing_is_cached_and_results_are_stored_as_json(verb: str) -> None:
+    task = getattr(tasks, verb)
+    assert task.cache_policy == NO_CACHE
+    assert task.result_serializer == "json"
+
+
+def test_load_model_returns_the_models_status() -> None:
+    with tasks.use_model(FAKE):
+        status = tasks.load_model.fn(ModelSpec())
+    assert status["digest"] == FAKE.info.digest
+    assert {"name", "device", "dtype", "memory_gib", "load_seconds", "adapters"} <= set(status)
+    assert json.loads(json.dumps(status)) == status
+
+
+def test_rows_that_failed_are_counted_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with tasks.use_model(FAKE), caplog.at_level(logging.INFO, "prefect.alpaca"):
+        logging.getLogger("prefect").propagate = True
+        try:
+            rows = tasks.judge.fn(ModelSpec(), GOOD_AND_BAD)
+        finally:
+            logging.getLogger("prefect").propagate = False
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    failed = [row for row in tasks.values(Judgment, rows) if isinstance(row, RowError)]
+    assert len(failed) == 2
+    assert warnings == [f"2 of 4 rows failed; the first: {failed[0].message}"]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_runs_are_named_by_what_they_do() -> None:
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+        (tasks.load_model, (), "load smollm2-135m-instruct"),
+        (tasks.generate, (["a", "b"],), "generate 2 responses"),
+        (tasks.chain_of_thought, (["a"],), "reason about 1 question"),
+        (tasks.conclude, (["a"],), "conclude 1 question"),
+        (tasks.verify, (["a"], ["b"]), "verify 1 answer"),
+        (tasks.judge, (["a"] * 12,), "judge 12 texts"),
+    ]
+
+    @flow
+    def all_of_them() -> str:
+        from prefect.runtime import flow_run
+
+        for task, rows, _ in calls:
+            task(ModelSpec(), *rows)
+        return str(flow_run.id)
+
+    with tasks.use_model(FAKE):
+        run = all_of_them()
+    with get_client(sync_client=True) as client:
+        ran = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
+    assert sorted(each.name for each in ran) == sorted(name for _, _, name in calls)

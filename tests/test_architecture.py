@@ -1,0 +1,205 @@
+"""The house: which room may import which, what each package exports, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import alpaca_core
+import prefect_alpaca.flows
+import prefect_alpaca.tasks
+
+ROOT = Path(__file__).parents[1]
+
+ROOMS = [  # from the top floor down: a room imports only what stands below it
+    "prefect_alpaca.flows.demo",
+    "prefect_alpaca.flows.cli",
+    "prefect_alpaca.flows.doctor",
+    "prefect_alpaca.flows.options",
+    "prefect_alpaca.flows",
+    "prefect_alpaca.flows.answering",
+    "prefect_alpaca.flows.choosing",
+    "prefect_alpaca.flows.judging",
+    "prefect_alpaca.flows.report",
+    "prefect_alpaca.flows.terminal",
+    "prefect_alpaca.tasks",
+    "prefect_alpaca.tasks.loading",
+    "prefect_alpaca.tasks.generation",
+    "prefect_alpaca.tasks.judging",
+    "prefect_alpaca.tasks.rows",
+    "prefect_alpaca.tasks.model",
+    "prefect_alpaca.tasks.progress",
+    "alpaca_core",
+    "alpaca_core.loading",
+    "alpaca_core.engines.transformers",
+    "alpaca_core.engines.scoring",
+    "alpaca_core.engines.decoding",
+    "alpaca_core.engines.beams",
+    "alpaca_core.engines.sampling",
+    "alpaca_core.engines.noise",
+    "alpaca_core.engines.batching",
+    "alpaca_core.engines.weights",
+    "alpaca_core.engines.pickles",
+    "alpaca_core.engines.lora",
+    "alpaca_core.engines.conversion",
+    "alpaca_core.engines",
+    "alpaca_core.adapters",
+    "alpaca_core.checkpoints",
+    "alpaca_core.cache",
+    "alpaca_core.testing",
+    "alpaca_core.answering",
+    "alpaca_core.verification",
+    "alpaca_core.judging",
+    "alpaca_core.reasoning",
+    "alpaca_core.tokens",
+    "alpaca_core.generation",
+    "alpaca_core.labels",
+    "alpaca_core.prompts",
+    "alpaca_core.rows",
+    "alpaca_core.model",
+    "alpaca_core.tokenizer",
+    "alpaca_core.spec",
+    "alpaca_core.errors",
+]
+FOLDERS = {"alpaca_core": "alpaca_core", "tasks": "prefect_alpaca.tasks", "flows": "prefect_alpaca.flows"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project, by the name it is imported by."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+    """The modules that a file imports, those inside functions too where `everywhere`; typing-only ones never."""
+    tree = ast.parse(path.read_text())
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
+    skipped = {id(inner) for node in typing_only for inner in ast.walk(node)}
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in ROOMS else str(node.module)
+
+
+def test_every_module_has_its_floor() -> None:
+    assert sorted(modules()) == sorted(ROOMS)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_imports_run_downwards(name: str) -> None:
+    upwards = [
+        imported
+        for imported in imports(modules()[name], everywhere=True)
+        if imported in ROOMS and ROOMS.index(imported) <= ROOMS.index(name)
+    ]
+    assert upwards == []
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if name.startswith("alpaca_core")])
+def test_the_core_never_imports_prefect(name: str) -> None:
+    assert [imported for imported in imports(modules()[name], everywhere=True) if "prefect" in imported] == []
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if not name.startswith("alpaca_core.engines.")])
+def test_only_engines_import_torch_when_they_are_imported(name: str) -> None:
+    heavy = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
+    assert [each for each in imports(modules()[name], everywhere=False) if each.split(".")[0] in heavy] == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import alpaca_core", ["torch", "transformers", "prefect"]),
+        ("import prefect_alpaca.tasks", ["torch", "transformers"]),
+        ("import prefect_alpaca.flows", ["torch", "transformers", "prefect"]),
+        (
+            "from prefect_alpaca.flows import answer_question, generate_and_judge, judge_texts",
+            ["torch", "transformers"],
+        ),
+        ("import prefect_alpaca.flows.cli", ["torch", "transformers", "prefect"]),
+    ],
+)
+def test_importing_is_light(statement: str, absent: list[str]) -> None:
+    program = f"{statement}\nimport sys\nprint([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
+    assert alpaca_core.__all__ == [
+        "Answer",
+        "Completion",
+        "Conclusion",
+        "Judgment",
+        "Label",
+        "LanguageModel",
+        "ModelInfo",
+        "ModelSpec",
+        "NamedAdapter",
+        "RowError",
+        "Sampling",
+        "Token",
+        "TokenProbability",
+        "Verification",
+        "answer",
+        "chain_of_thought",
+        "conclude",
+        "final_answer",
+        "generate",
+        "judge",
+        "load_model",
+        "next_tokens",
+        "show_tokens",
+        "special_tokens",
+        "verify",
+    ]
+    assert alpaca_core.__all__ == sorted(alpaca_core.__all__)
+    assert all(hasattr(alpaca_core, name) for name in alpaca_core.__all__)
+
+
+def test_tasks_export_sorted_and_pinned_names() -> None:
+    assert prefect_alpaca.tasks.__all__ == [
+        "Json",
+        "chain_of_thought",
+        "conclude",
+        "generate",
+        "judge",
+        "load_model",
+        "use_model",
+        "values",
+        "verify",
+    ]
+    assert all(hasattr(prefect_alpaca.tasks, name) for name in prefect_alpaca.tasks.__all__)
+
+
+def test_flows_export_sorted_and_pinned_names() -> None:
+    assert prefect_alpaca.flows.__all__ == ["answer_question", "generate_and_judge", "judge_texts"]
+    assert all(hasattr(prefect_alpaca.flows, name) for name in prefect_alpaca.flows.__all__)
+    assert set(prefect_alpaca.flows.__all__) <= set(dir(prefect_alpaca.flows))
+    assert not hasattr(prefect_alpaca.flows, "no_such_flow")
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_holds_one_idea(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    assert path.stem not in {"util", "utils", "helper", "helpers", "common", "misc", "manager"}
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
