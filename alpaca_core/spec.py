@@ -50,7 +50,7 @@ class ModelSpec(Value):
         device_map: transformers' placement over several devices, such as ``auto``; excludes `device`.
         template: ``auto`` takes what the adapter records, else the model's chat template, else Alpaca.
             ``alpaca`` ends in ``### Response:``, ``alpaca-lora`` in that and a newline; ``raw`` adds nothing.
-        batch_size: Rows computed together at most.
+        batch_size: Sequences computed together at most; a row with beams counts as many.
 
     Raises:
         pydantic.ValidationError: For an unknown field, or fields that contradict one another.
@@ -83,7 +83,7 @@ class ModelSpec(Value):
     template: TemplateName = Field(
         default="auto", description="Prompt template; auto asks the adapter, then the model."
     )
-    batch_size: int = Field(default=32, ge=1, le=4096, description="Rows computed together at most.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences computed together at most; a row with beams counts as many.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -27,25 +27,25 @@ def answer_question(
     questions: Annotated[list[str], Field(min_length=1)] = [  # noqa: B006 - never changed, and the form shows it
         "Each of 2 cans holds 5 pierogi. How many pierogi are there in all?"
     ],
-    model: ModelSpec = ModelSpec(),
-    sampling: Sampling = Sampling(max_new_tokens=128),
-    conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
     reason: bool = True,
     verify: bool = True,
     max_attempts: Annotated[int, Field(ge=1)] = 1,
     min_p_correct: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
+    sampling: Sampling = Sampling(max_new_tokens=128),
+    model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Answer questions: reason step by step, conclude, and ask the model whether that is right.
 
     Args:
         questions: What is asked, one row each.
-        model: Which model answers.
-        sampling: How the tokens of reasoning and conclusion are chosen.
-        conclusion_tokens: Most tokens of a conclusion.
         reason: Think step by step before the answer.
         verify: Read P(correct) of each answer from the model.
         max_attempts: Most attempts at one question; more than one needs a temperature above 0.
         min_p_correct: P(correct), between 0 and 1, that ends the attempts.
+        conclusion_tokens: Most tokens of a conclusion.
+        sampling: How the tokens of reasoning and conclusion are chosen.
+        model: Which model answers.
 
     Returns:
         An `Answer` or a `RowError` for each question, as JSON.
@@ -72,6 +72,7 @@ def answer_question(
     leave(
         "answer-question",
         f"Answers to {counted(len(rows), 'question')}",
+        "The answer to each question, how sure the model is of it, and the reasoning that led there.",
         status,
         sections([(question, _section(answer)) for question, answer in rows]),
         [_table_row(question, answer) for question, answer in rows],
@@ -90,15 +91,13 @@ def _step(kind: type[Kind], task: Callable[..., list[Json]], model: ModelSpec) -
 def _section(answer: Answer | RowError) -> str:
     if isinstance(answer, RowError):
         return failure(answer)
-    said = [f"**{inline(answer.final_answer or answer.answer or 'no answer')}**"]
+    parts = [f"**{inline(answer.final_answer or answer.answer)}**"]
     if answer.p_correct is not None:
-        said.append(f"P(correct) {bar(answer.p_correct)}")
-    if answer.attempts > 1:
-        said.append(f"best of {answer.attempts} attempts")
-    parts = [" · ".join(said)]
+        tries = f" · best of {answer.attempts} attempts" if answer.attempts > 1 else ""
+        parts.append(f"P(correct) {bar(answer.p_correct)}{tries}")
     if answer.reasoning:
         parts += ["Reasoning:", quote(answer.reasoning)]
-    if answer.final_answer != answer.answer:
+    if answer.final_answer:
         parts += ["Conclusion:", quote(answer.answer)]
     return "\n\n".join(parts)
 

@@ -47,8 +47,8 @@ def generate_and_judge(
     labels: Annotated[list[str | Label], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
-    model: ModelSpec = ModelSpec(),
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
+    model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Generate candidates for each prompt, judge each by the model's logits, and pick the best.
 
@@ -58,8 +58,8 @@ def generate_and_judge(
         labels: The judge's choices.
         wanted: The label that good candidates get.
         candidates: Responses to each prompt to pick from; more than one needs a temperature above 0.
-        model: Which model generates and judges.
         sampling: How the candidates' tokens are chosen.
+        model: Which model generates and judges.
 
     Returns:
         A `Choice` or a `RowError` for each prompt, as JSON.
@@ -87,6 +87,7 @@ def generate_and_judge(
     leave(
         "generate-and-judge",
         f"Best of {candidates} for {counted(len(prompts), 'prompt')}",
+        "The candidate that the judge likes best for each prompt, and what it was picked from.",
         status,
         f"{inline(instruction)} Wanted: **{inline(wanted)}**\n\n"
         + sections([(prompt, _section(choice, wanted)) for prompt, choice in zip(prompts, choices, strict=True)]),

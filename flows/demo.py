@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -13,13 +12,13 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 from prefect.settings import PREFECT_API_URL
 from rich.rule import Rule
 
-from alpaca_core import Answer, Judgment, ModelSpec, Sampling
+from alpaca_core import Answer, Judgment, Label, ModelSpec, Sampling
 from prefect_alpaca import tasks
 from prefect_alpaca.flows import answer_question, judge_texts
 from prefect_alpaca.flows.terminal import answer_view, console, judgments_view, text
 
 EXAMPLES = Path("examples")
-LABELS = ["World", "Sports", "Business", "Technology"]
+LABELS: list[str | Label] = ["World", "Sports", "Business", "Technology"]
 INSTRUCTION = "Classify this headline."
 
 NEXT = """\
@@ -41,13 +40,13 @@ def main() -> None:
 
     console.print(Rule(f"answer-question: {len(questions)} questions"))
     with console.status("Loading the model (the first time it is unpacked, which takes a minute), then thinking …"):
-        answers = answer_question(questions, model, Sampling(max_new_tokens=128))
+        answers = answer_question(questions, sampling=Sampling(max_new_tokens=128), model=model)
     for question, answer in zip(questions, tasks.values(Answer, answers), strict=True):
         console.print(answer_view(question, answer))
 
     console.print(Rule(f"judge-texts: {len(headlines)} headlines"))
     with console.status("Judging …"):
-        judgments = judge_texts(headlines, LABELS, INSTRUCTION, model, show_labels=False)
+        judgments = judge_texts(headlines, LABELS, INSTRUCTION, show_labels=False, model=model)
     console.print(judgments_view(headlines, tasks.values(Judgment, judgments)))
 
     console.print(Rule())
@@ -61,4 +60,4 @@ def _column(path: Path, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

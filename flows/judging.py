@@ -26,11 +26,11 @@ def judge_texts(
     ],
     labels: Annotated[list[str | Label], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: str | None = "Which topic is this headline about?",
-    model: ModelSpec = ModelSpec(),
     show_labels: bool | None = None,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1)] = 10,
+    model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge texts by the model's logits: a label, the probability of every label, and the coverage.
 
@@ -38,11 +38,11 @@ def judge_texts(
         texts: What is judged, one row each.
         labels: The choices; a label may have aliases, other words that mean the same.
         instruction: The question about each text; without one each text is the question itself.
-        model: Which model judges.
         show_labels: Name the labels in the prompt; by default where there are at most 20 and they are not yes and no.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
         method: Read the logits, or draw samples in words and count.
         samples: How many samples of each text are drawn where the method is sampled.
+        model: Which model judges.
 
     Returns:
         A `Judgment` or a `RowError` for each text, as JSON.
@@ -68,6 +68,7 @@ def judge_texts(
     leave(
         "judge-texts",
         f"Judgments of {counted(len(rows), 'text')}",
+        "The label of each text, its probability, and the coverage: the model's mass on all labels together.",
         status,
         (f"{quote(instruction)}\n\n" if instruction else "")
         + table(["Text", "Label", "Probability", "Coverage"], [_cells(text, judgment) for text, judgment in rows]),

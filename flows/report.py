@@ -45,10 +45,10 @@ def bar(share: float) -> str:
 
     Example:
         >>> bar(0.72)
-        '███████░░░ 0.72'
+        '▰▰▰▰▰▰▰▱▱▱ 0.72'
     """
     full = round(10 * share)
-    return "█" * full + "░" * (10 - full) + f" {share:.2f}"
+    return "▰" * full + "▱" * (10 - full) + f" {share:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,8 +59,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def sections(parts: Sequence[tuple[str, str]]) -> str:
     """Write numbered sections, each of a heading that is a text and a body that is Markdown already."""
-    written = [f"## {place}. {inline(title)}\n\n{body}" for place, (title, body) in enumerate(parts[:MOST_SHOWN], 1)]
-    return "\n\n".join(written) + _more(len(parts))
+    written = [f"### {place}. {inline(title)}\n\n{body}" for place, (title, body) in enumerate(parts[:MOST_SHOWN], 1)]
+    return "\n\n---\n\n".join(written) + _more(len(parts))
 
 
 def _more(rows: int) -> str:
@@ -72,12 +72,15 @@ def failure(error: RowError) -> str:
     return f"**Failed** (`{error.code}`): {inline(error.message)}"
 
 
-def leave(key: str, title: str, status: Json, page: str, rows: Sequence[Json], results: Sequence[object]) -> None:
+def leave(
+    key: str, title: str, about: str, status: Json, page: str, rows: Sequence[Json], results: Sequence[object]
+) -> None:
     """Leave a Markdown artifact named `key`, and a table artifact named `key` and ``-table``.
 
     Args:
         key: Lower-case with dashes.
         title: What was done, in a few words.
+        about: What both artifacts show of each row, in a sentence.
         status: Of the model, from the task `load_model`.
         page: Markdown.
         rows: The table.
@@ -88,10 +91,10 @@ def leave(key: str, title: str, status: Json, page: str, rows: Sequence[Json], r
             shows the others.
     """
     failed = [result for result in results if isinstance(result, RowError)]
-    about = f"{inline(status['name'])} on {status['device']}, digest {status['digest'][:12]}"
+    by = f"{inline(status['name'])} on {status['device']}, digest {status['digest'][:12]}"
     if failed:
-        about += f" · **{len(failed)} of {len(results)} failed**"
-    create_markdown_artifact(f"# {title}\n\n{about}\n\n{page}\n", key=key, description=f"{title}: to read")
-    create_table_artifact(list(rows[:MOST_TABLE_ROWS]), key=f"{key}-table", description=f"{title}: the table")
+        by += f" · **{len(failed)} of {len(results)} failed**"
+    create_markdown_artifact(f"# {title}\n\n{by}\n\n{page}\n", key=key, description=about)
+    create_table_artifact(list(rows[:MOST_TABLE_ROWS]), key=f"{key}-table", description=about)
     if failed and len(failed) == len(results):
         raise AlpacaError(f"all {len(results)} rows failed, the first because {failed[0].message}")

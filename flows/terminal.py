@@ -28,7 +28,7 @@ def text(content: str, style: str = "") -> Text:
 def bar(share: float) -> Text:
     """Draw a share between 0 and 1, with its number."""
     full = round(10 * share)
-    return Text.assemble(("█" * full, "green"), ("░" * (10 - full), "bright_black"), f" {share:.2f}")
+    return Text.assemble(("▰" * full, "green"), ("▱" * (10 - full), "bright_black"), f" {share:.2f}")
 
 
 def failure(error: RowError) -> Text:

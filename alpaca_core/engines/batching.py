@@ -83,15 +83,15 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer, with room for tokens to come.
 
-    transformers' own layer copies all it holds for every token that is added, which costs twice the
-    memory traffic of the attention itself; this one copies each time the room is used up.
+    transformers' own layer copies all it holds for each token that is added: one read and one write of the
+    cache on top of the attention's one read. This one copies where the room is used up.
 
     Args:
         room: Tokens that space is taken for ahead.
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
         self._stores: list[Tensor] = []  # keys, values: (lanes, heads, tokens and room, width)
 

@@ -42,7 +42,7 @@ class Beams:
         # Each beam offers its ending tokens and one more at least, so that a beam lives on.
         self._offers = 1 + max(1, len(self._eos_ids))
         self.sampled = sampling.temperature > 0
-        self._warper = Warper([sampling], device, min_keep=1 + len(self._eos_ids)) if self.sampled else None
+        self._warper = Warper([sampling], device, min_keep=self._offers) if self.sampled else None
         self._live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         self._ended: list[tuple[float, tuple[int, ...]]] = []
 

@@ -135,7 +135,7 @@ class Decoding:
         """Make the next step's input: which lanes go on, and with what."""
         if lanes != list(range(len(self._seen))):
             kept = torch.tensor(lanes, device=self._device)
-            self._cache.reorder_cache(kept)
+            self._cache.reorder_cache(kept)  # type: ignore[arg-type]
             self._seen, self._positions = self._seen[kept], self._positions[kept]
         self._ids = torch.tensor(tokens, device=self._device)[:, None]  # L, 1
         self._positions = self._positions[:, -1:] + 1

@@ -14,8 +14,10 @@ from alpaca_core.spec import Sampling
 
 _COLDEST = 1e-30
 """Colder is as good as greedy, and would overflow."""
+_ALL = 2**31
+"""No vocabulary is larger."""
 _HEAD = 1024
-"""Tokens that top-p ranks before it falls back on the whole vocabulary, which takes eight times as long."""
+"""Tokens that top-p ranks first; only where they do not reach the mass, the whole vocabulary is sorted."""
 
 
 class Warper:
@@ -33,7 +35,7 @@ class Warper:
 
         self._min_keep = min_keep
         self._temperature = column([max(setting.temperature, _COLDEST) for setting in settings])
-        ranks = [max(setting.top_k, min_keep) if setting.top_k else 0 for setting in settings]
+        ranks = [max(min(setting.top_k, _ALL), min_keep) if setting.top_k else 0 for setting in settings]
         self._most = max(ranks)
         self._rank = column(list(ranks)).long()  # 0: unset
         self._nuclear = any(setting.top_p is not None for setting in settings)

@@ -62,7 +62,7 @@ class _Edges:
         self._counts = [len(trie.tokens) for trie in tries]
         parents = [[slot[parent] for parent in trie.parents] for trie, slot in zip(tries, slots, strict=True)]
         self._tokens = _table([trie.tokens for trie in tries], [0] * len(rows), device)  # B, M
-        self._parents = _table(parents, [-1] * len(rows), device)
+        self._parents = _table(parents, [-2] * len(rows), device)  # -2: no slot, so never read
         self._scores = torch.zeros(self._tokens.shape, device=device)
         self._finite = torch.ones(len(rows), dtype=torch.bool, device=device)
 

@@ -60,7 +60,7 @@ def make_network() -> Callable[..., LlamaForCausalLM]:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = LlamaForCausalLM(config).eval()
+            network: LlamaForCausalLM = LlamaForCausalLM(config).eval()
             with torch.no_grad():
                 for name, weight in network.named_parameters():
                     if "norm" not in name:

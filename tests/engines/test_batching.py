@@ -1,5 +1,7 @@
 """Batches, padding, and the cache against transformers' own."""
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_the_growing_cache_holds_what_transformers_cache_holds(added: list[int],
                 assert torch.equal(mine, other)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1, 0) == theirs.get_mask_sizes(1, 0)
-        kept = torch.randint(lanes, (int(torch.randint(1, 5, (), generator=generator)),), generator=generator)
+        kept: Any = torch.randint(lanes, (int(torch.randint(1, 5, (), generator=generator)),), generator=generator)
         ours.reorder_cache(kept)
         theirs.reorder_cache(kept)
         lanes = len(kept)

@@ -145,6 +145,7 @@ def test_seed_and_sample_index_give_other_responses_and_are_repeatable(
     def respond(seed: int, sample: int) -> tuple[int, ...]:
         sampling = Sampling(temperature=1.0, max_new_tokens=8, seed=seed)
         ((_, found),) = model.generate([GenerateRow((1, 2), sampling, sample_index=sample)])
+        assert isinstance(found, Completion)
         return found.token_ids
 
     responses = {(seed, sample): respond(seed, sample) for seed in range(3) for sample in range(3)}

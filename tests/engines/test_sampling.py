@@ -1,12 +1,14 @@
 """Warping against transformers' own, and drawn frequencies against the exact distribution."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alpaca_core.engines import sampling
@@ -64,6 +66,13 @@ def test_equal_scores_at_the_last_rank_are_all_kept_as_by_transformers() -> None
     assert warped_by_transformers(scores, setting, 1).isfinite()[0].tolist() == [True, True, True, False]
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_it_all() -> None:
+    kept = Warper([Sampling(temperature=1.0, top_k=10**400), Sampling(temperature=1.0, top_k=3)], CPU)(
+        torch.arange(8.0).expand(2, -1)
+    )
+    assert kept.isfinite().sum(-1).tolist() == [8, 3]
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-20, 1e-6])
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits = torch.tensor([[1.0, 1.001, -5.0]] * 20)
@@ -72,7 +81,7 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     assert Sampler(settings, keys, CPU)(logits, 0) == [1] * 20
 
 
-def exact(logits: np.ndarray, setting: Sampling) -> np.ndarray:
+def exact(logits: Any, setting: Sampling) -> Any:
     """The distribution by its definition: scale, cut to k, cut to p, share."""
     shares = np.exp(logits / setting.temperature)
     order = np.argsort(-shares)

@@ -117,7 +117,8 @@ def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
     prompt = (1, 2, 3, 4, 5)
     list(model.loglikelihood([ScoreRow(prompt, Trie.of([[1], [2]])[0])] * 2))
     assert (lengths, heads) == ([5], [2])  # logits of the last position alone
-    lengths.clear(), heads.clear()
+    lengths.clear()
+    heads.clear()
     list(model.loglikelihood([ScoreRow(prompt, Trie.of([[1, 2], [1, 3], [4, 5, 6]])[0])] * 2))
     assert (lengths, heads) == ([5, 3], [2, 6])
 

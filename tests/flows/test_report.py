@@ -70,7 +70,7 @@ def test_any_text_stays_in_its_quotation(text: str) -> None:
 @given(TEXTS, TEXTS)
 def test_a_heading_is_one_line(title: str, other: str) -> None:
     page = Page(report.sections([(title, "body"), (other, "body")]))
-    assert [tag for tag in page.tags if tag != "em"] == ["h2", "p", "h2", "p"]
+    assert [tag for tag in page.tags if tag != "em"] == ["h3", "p", "hr", "h3", "p"]
 
 
 def test_long_texts_and_many_rows_are_cut_and_said_to_be() -> None:
@@ -84,5 +84,5 @@ def test_long_texts_and_many_rows_are_cut_and_said_to_be() -> None:
 def test_a_bar_has_ten_places(share: float) -> None:
     drawn, number = report.bar(share).split()
     assert len(drawn) == 10
-    assert drawn.count("█") == round(10 * share)
+    assert drawn.count("▰") == round(10 * share)
     assert float(number) == pytest.approx(share, abs=0.005)
