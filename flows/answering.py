@@ -11,7 +11,7 @@ from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sam
 from alpaca_core.answering import Steps, attempt
 from alpaca_core.spec import Value
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, sections
+from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -105,9 +105,9 @@ def _section(answer: Answer | RowError) -> str:
 def _table_row(question: str, answer: Answer | RowError) -> Json:
     done = answer if isinstance(answer, Answer) else None
     return {
-        "question": plain(question),
-        "answer": plain(done.final_answer or done.answer) if done else None,
+        "question": cell(question),
+        "answer": cell(done.final_answer or done.answer) if done else None,
         "p_correct": round(done.p_correct, 4) if done and done.p_correct is not None else None,
         "attempts": done.attempts if done else None,
-        "error": answer.message if isinstance(answer, RowError) else None,
+        "error": inline(answer.message) if isinstance(answer, RowError) else None,
     }

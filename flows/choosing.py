@@ -7,11 +7,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from alpaca_core import Completion, Judgment, Label, ModelSpec, RowError, Sampling
+from alpaca_core import Completion, Judgment, ModelSpec, RowError, Sampling
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, sections, table
+from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -44,7 +45,7 @@ def generate_and_judge(
         "Write one sentence that invites people to visit an alpaca farm."
     ],
     instruction: str = "Is this a friendly invitation?",
-    labels: Annotated[list[str | Label], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
+    labels: Annotated[list[str], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
@@ -55,7 +56,7 @@ def generate_and_judge(
     Args:
         prompts: What is asked for, one row each.
         instruction: The judge's question about each candidate.
-        labels: The judge's choices.
+        labels: The judge's choices, one row each; other words that mean the same may follow, as in Yes=y,true.
         wanted: The label that good candidates get.
         candidates: Responses to each prompt to pick from; more than one needs a temperature above 0.
         sampling: How the candidates' tokens are chosen.
@@ -67,7 +68,8 @@ def generate_and_judge(
     Raises:
         AlpacaError: If every prompt failed, or a setting would have no effect.
     """
-    names = [label if isinstance(label, str) else label.name for label in labels]
+    choices = [label_of(label) for label in labels]
+    names = [label_name(label) for label in choices]
     if wanted not in names:
         raise InvalidRequest(f"wanted is one of the labels {names}, but got {wanted!r}. Name one of them.")
     if candidates > 1 and sampling.temperature == 0:
@@ -81,20 +83,20 @@ def generate_and_judge(
         tasks.generate(model, [prompt for prompt, _ in rows], sampling, sample_indices=[index for _, index in rows]),
     )
     texts = [row if isinstance(row, RowError) else row.text for row in generated]
-    judged = tasks.values(Judgment, tasks.judge(model, texts, labels, instruction=instruction))
+    judged = tasks.values(Judgment, tasks.judge(model, texts, choices, instruction=instruction))
     found = [row if isinstance(row, RowError) else _candidate(row, wanted) for row in judged]
-    choices = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
+    picked = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
     leave(
         "generate-and-judge",
         f"Best of {candidates} for {counted(len(prompts), 'prompt')}",
         "The candidate that the judge likes best for each prompt, and what it was picked from.",
         status,
         f"{inline(instruction)} Wanted: **{inline(wanted)}**\n\n"
-        + sections([(prompt, _section(choice, wanted)) for prompt, choice in zip(prompts, choices, strict=True)]),
-        [_table_row(prompt, choice) for prompt, choice in zip(prompts, choices, strict=True)],
-        choices,
+        + sections([(prompt, _section(choice, wanted)) for prompt, choice in zip(prompts, picked, strict=True)]),
+        [_table_row(prompt, choice) for prompt, choice in zip(prompts, picked, strict=True)],
+        picked,
     )
-    return [choice.model_dump(mode="json") for choice in choices]
+    return [choice.model_dump(mode="json") for choice in picked]
 
 
 def _candidate(judgment: Judgment, wanted: str) -> Candidate:
@@ -113,20 +115,20 @@ def _section(choice: Choice | RowError, wanted: str) -> str:
     if isinstance(choice, RowError):
         return failure(choice)
     rows = [
-        [failure(candidate), ""]
+        ["", f"failed: {inline(candidate.code)}"]
         if isinstance(candidate, RowError)
-        else [inline(candidate.text), bar(candidate.probability)]
+        else [bar(candidate.probability), cell(candidate.text)]
         for candidate in choice.candidates
     ]
-    return f"{quote(choice.text)}\n\n{table(['Candidate', f'P({inline(wanted)})'], rows)}"
+    return f"{quote(choice.text)}\n\n{table([f'P({cell(wanted)})', 'Candidate'], rows)}"
 
 
 def _table_row(prompt: str, choice: Choice | RowError) -> Json:
     done = choice if isinstance(choice, Choice) else None
     return {
-        "prompt": plain(prompt),
-        "best": plain(done.text) if done else None,
+        "prompt": cell(prompt),
+        "best": cell(done.text) if done else None,
         "probability": round(done.probability, 4) if done else None,
         "candidates": len(done.candidates) if done else None,
-        "error": choice.message if isinstance(choice, RowError) else None,
+        "error": inline(choice.message) if isinstance(choice, RowError) else None,
     }

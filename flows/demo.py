@@ -12,13 +12,13 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 from prefect.settings import PREFECT_API_URL
 from rich.rule import Rule
 
-from alpaca_core import Answer, Judgment, Label, ModelSpec, Sampling
+from alpaca_core import Answer, Judgment, ModelSpec, Sampling
 from prefect_alpaca import tasks
 from prefect_alpaca.flows import answer_question, judge_texts
 from prefect_alpaca.flows.terminal import answer_view, console, judgments_view, text
 
 EXAMPLES = Path("examples")
-LABELS: list[str | Label] = ["World", "Sports", "Business", "Technology"]
+LABELS = ["World", "Sports", "Business", "Technology"]
 INSTRUCTION = "Classify this headline."
 
 NEXT = """\

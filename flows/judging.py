@@ -6,10 +6,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from alpaca_core import Judgment, Label, ModelSpec, RowError
+from alpaca_core import Judgment, ModelSpec, RowError
 from alpaca_core.judging import Method
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.report import bar, failure, inline, leave, plain, quote, table
+from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -24,7 +25,7 @@ def judge_texts(
         "The keeper saved two penalties, and the cup goes to the second division.",
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
-    labels: Annotated[list[str | Label], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: str | None = "Which topic is this headline about?",
     show_labels: bool | None = None,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
@@ -36,7 +37,7 @@ def judge_texts(
 
     Args:
         texts: What is judged, one row each.
-        labels: The choices; a label may have aliases, other words that mean the same.
+        labels: The choices, one row each; other words that mean the same may follow, as in Yes=y,true.
         instruction: The question about each text; without one each text is the question itself.
         show_labels: Name the labels in the prompt; by default where there are at most 20 and they are not yes and no.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
@@ -50,13 +51,15 @@ def judge_texts(
     Raises:
         AlpacaError: If every text failed, or the labels cannot be told apart.
     """
+    choices = [label_of(label) for label in labels]
+    names = [label_name(label) for label in choices]
     status = tasks.load_model(model)
     judgments = tasks.values(
         Judgment,
         tasks.judge(
             model,
             texts,
-            labels,
+            choices,
             instruction=instruction,
             show_labels=show_labels,
             min_coverage=min_coverage,
@@ -71,8 +74,8 @@ def judge_texts(
         "The label of each text, its probability, and the coverage: the model's mass on all labels together.",
         status,
         (f"{quote(instruction)}\n\n" if instruction else "")
-        + table(["Text", "Label", "Probability", "Coverage"], [_cells(text, judgment) for text, judgment in rows]),
-        [_table_row(text, judgment, labels) for text, judgment in rows],
+        + table(["Label", "Probability", "Coverage", "Text"], [_cells(text, judgment) for text, judgment in rows]),
+        [_table_row(text, judgment, names) for text, judgment in rows],
         judgments,
     )
     return [judgment.model_dump(mode="json") for judgment in judgments]
@@ -80,20 +83,19 @@ def judge_texts(
 
 def _cells(text: str, judgment: Judgment | RowError) -> list[str]:
     if isinstance(judgment, RowError):
-        return [inline(text), failure(judgment), "", ""]
+        return [f"failed: {inline(judgment.code)}", "", "", cell(text)]
     if judgment.label is None:
-        return [inline(text), f"none: {inline(judgment.reason or '')}", "", f"{judgment.coverage:.2f}"]
+        return ["none", "", f"{judgment.coverage:.3f}", cell(text)]
     share = bar(judgment.probabilities[judgment.label])
-    return [inline(text), f"**{inline(judgment.label)}**", share, f"{judgment.coverage:.2f}"]
+    return [f"**{cell(judgment.label)}**", share, f"{judgment.coverage:.3f}", cell(text)]
 
 
-def _table_row(text: str, judgment: Judgment | RowError, labels: list[str | Label]) -> Json:
+def _table_row(text: str, judgment: Judgment | RowError, names: list[str]) -> Json:
     done = judgment if isinstance(judgment, Judgment) else None
-    names = [label if isinstance(label, str) else label.name for label in labels]
     return {
-        "text": plain(text),
-        "label": done.label if done else None,
+        "text": cell(text),
+        "label": cell(done.label) if done and done.label else None,
         "coverage": round(done.coverage, 4) if done else None,
         **{f"P({name})": round(done.probabilities[name], 4) if done else None for name in names},
-        "error": judgment.message if isinstance(judgment, RowError) else None,
+        "error": inline(judgment.message) if isinstance(judgment, RowError) else None,
     }

@@ -1,4 +1,4 @@
-"""What the command line asks for, turned into the core's values. Every option has the name of its field."""
+"""What people type, turned into the core's values: options, each with the name of its field, and labels."""
 
 import argparse
 import sys
@@ -81,6 +81,11 @@ def label_of(text: str) -> str | Label:
     """Read a label: a name, or a name and its aliases as ``Yes=y,true``."""
     name, found, aliases = text.partition("=")
     return Label(name=name, aliases=tuple(aliases.split(","))) if found else text
+
+
+def label_name(label: str | Label) -> str:
+    """Return how results call a label."""
+    return label if isinstance(label, str) else label.name
 
 
 def texts_of(arguments: list[str]) -> list[str]:

@@ -18,26 +18,36 @@ MOST_TABLE_ROWS = 1_000
 """Rows of a table; all of them are in the run's result."""
 
 MOST_CHARACTERS = 2_000
-"""Characters of one text on a page or in a table."""
+"""Characters of one text on a page."""
 
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|~=:])")
+MOST_CELL_CHARACTERS = 120
+"""Characters of one text in a table, whose cells do not wrap."""
+
+_MARKUP = re.compile(r"([\\`*_\[\]|~])")
+_BLOCK = re.compile(r"^(\d*)([#+=:.)-])")
 
 
-def plain(text: str) -> str:
-    """Cut a text to a readable length, and keep what can be stored and shown."""
-    return printable(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …")
+def inline(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Write a text on one line of Markdown, every character of it as itself, and at most so many."""
+    line = " ".join(printable(cut(text, most)).split())
+    escaped = _MARKUP.sub(r"\\\1", html.escape(line, quote=False))
+    return _BLOCK.sub(r"\1\\\2", escaped) or "*blank*"
 
 
-def inline(text: str) -> str:
-    """Write a text on one line of Markdown, every character of it as itself."""
-    if not text.strip():
-        return "*blank*"
-    return _MARKUP.sub(r"\\\1", html.escape(" ".join(plain(text).split()), quote=False))
+def cell(text: str) -> str:
+    """Write a text for a cell of a table; Prefect reads the cells of a table artifact as Markdown, too."""
+    return inline(text, MOST_CELL_CHARACTERS)
+
+
+def cut(text: str, most: int) -> str:
+    """Cut a text to a readable length."""
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def quote(text: str) -> str:
     """Write a text as a quotation, line by line."""
-    return "\n>\n".join(f"> {inline(line)}" for line in plain(text).splitlines() if line.strip())
+    lines = printable(cut(text, MOST_CHARACTERS)).splitlines()
+    return "\n>\n".join(f"> {inline(line)}" for line in lines if line.strip())
 
 
 def bar(share: float) -> str:

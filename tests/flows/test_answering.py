@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
-from prefect.states import State
+from prefect.client.schemas.objects import State
 
 import alpaca_core
 from alpaca_core import Answer, RowError, Sampling
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import answer_question
+from prefect_alpaca.flows.report import inline
 from prefect_alpaca.tasks import use_model, values
 
 from .conftest import Left
@@ -59,7 +60,7 @@ def test_a_run_has_a_name_a_page_and_a_table(left: Left) -> None:
     assert FAKE.info.digest[:12] in page
     assert "<b>" not in page
     assert [row["attempts"] for row in table] == [row.get("attempts") for row in rows]
-    assert [row["error"] for row in table] == [None, rows[1]["message"], None, None]
+    assert [row["error"] for row in table] == [None, inline(rows[1]["message"]), None, None]
     assert all(set(row) == set(table[0]) for row in table)
 
 

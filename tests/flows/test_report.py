@@ -74,7 +74,8 @@ def test_a_heading_is_one_line(title: str, other: str) -> None:
 
 
 def test_long_texts_and_many_rows_are_cut_and_said_to_be() -> None:
-    assert len(report.plain("x" * 10**7)) == report.MOST_CHARACTERS + 2
+    assert len(report.inline("x" * 10**7)) == report.MOST_CHARACTERS + 2
+    assert len(report.cell("x" * 10**7)) == report.MOST_CELL_CHARACTERS + 2
     page = report.table(["n"], [[str(number)] for number in range(250)])
     assert page.endswith("*and 150 more, in the run's result*")
     assert report.sections([("title", "body")] * 101).endswith("*and 1 more, in the run's result*")
