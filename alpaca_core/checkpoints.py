@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
 from alpaca_core.cache import Manifest, cache_folder, digest_of, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
@@ -151,7 +151,7 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
                 source, revision=revision, allow_patterns=list(files), ignore_patterns=["*/*", "consolidated.*"]
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub, its transports and the disk each raise kinds of their own
         raise ModelNotFound(_why_not(source, revision, error)) from error
     return folder, folder.name
 

@@ -5,11 +5,13 @@ With ``--json`` standard output holds one JSON object a row and nothing else; pr
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes the process's own.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal without UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 must not end the program
     try:
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
@@ -77,28 +80,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="alpaca", description="A local language model: generate, answer, judge, look inside.")
+    parser.add_argument("--version", action="version", version=f"prefect-alpaca {version('prefect-alpaca')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     rows, model, sampling = row_options(), model_options(), sampling_options()
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], about: str, *parents: Parser
+        name: str, takes: str, run: Callable[[argparse.Namespace], int], about: str, *parents: Parser
     ) -> Callable[..., Any]:
-        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", parents=parents)
+        usage, description = f"alpaca {name} [options] {takes}", f"{about[0].upper()}{about[1:]}."
+        added = commands.add_parser(name, usage=usage, help=about, description=description, parents=parents)
         added.set_defaults(run=run)
         return added.add_argument
 
-    add = command("generate", _generate, "generate a response to each prompt", rows, model, sampling)
+    add = command("generate", "TEXT ...", _generate, "generate a response to each prompt", rows, model, sampling)
     add("--input", metavar="TEXT", help="what every prompt is an instruction for")
 
     about = "reason about each question, answer it, and ask whether that is right"
-    add = command("answer", _answer, about, rows, model, sampling)
+    add = command("answer", "TEXT ...", _answer, about, rows, model, sampling)
     add("--no-reason", dest="reason", action="store_false", help="answer without thinking step by step first")
     add("--no-verify", dest="verify", action="store_false", help="leave P(correct) out")
     add("--max-attempts", type=int, default=1, metavar="N", help="attempts at most; needs a temperature (default 1)")
     add("--min-p-correct", type=float, default=0.5, metavar="P", help="P(correct) that ends them (default 0.5)")
     add("--conclusion-tokens", type=int, default=32, metavar="N", help="most tokens of the answer (default 32)")
 
-    add = command("judge", _judge, "judge each text by the model's logits", rows, model)
+    add = command("judge", "TEXT ...", _judge, "judge each text by the model's logits", rows, model)
     about = "a choice, and other words that mean it; once for each (default: Yes=y,true and No=n,false)"
     add("--label", dest="labels", action="append", metavar="NAME[=ALIAS,...]", help=about)
     add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
@@ -109,17 +114,17 @@ def _parser() -> Parser:
     add("--samples", type=int, default=10, metavar="N", help="samples a text where the method is sampled (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
 
-    add = command("tokens", _tokens, "show each text as the model's tokens", rows, model)
+    add = command("tokens", "TEXT ...", _tokens, "show each text as the model's tokens", rows, model)
     add("--next", type=int, default=0, metavar="N", help="also the N likeliest next tokens, with the text as prompt")
 
-    add = command("import-adapter", _import_adapter, "convert LoRA weights that are published as a pickle")
+    add = command("import-adapter", "SOURCE", _import_adapter, "convert LoRA weights that are published as a pickle")
     add("source", metavar="SOURCE", help="hub repository, folder or file of an adapter_model.bin")
     add("--template", choices=get_args(TemplateName), help="prompt template that it was trained with")
     add("--revision", metavar="COMMIT", help="commit of the hub repository")
     add("--out", type=Path, metavar="FOLDER", help="new folder for the result (default: the cache)")
     add("--json", action="store_true", help="print one JSON object")
 
-    add = command("doctor", _doctor, "check this machine and a model, and say what to do", model)
+    add = command("doctor", "", _doctor, "check this machine and a model, and say what to do", model)
     add("--verify", action="store_true", help="also hash all files of the model again")
     add("--json", action="store_true", help="print one JSON object a check, on one line")
     return parser

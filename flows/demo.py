@@ -1,13 +1,17 @@
 """What `make demo` runs: two flows on real input, in one process with one load of the model."""
 
 import json
+import logging
 import os
+import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
-# Before Prefect reads them: this program prints for people, and a first run has nobody to ask.
-os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+# Before Prefect reads them: `Steps` shows what is worth reading of its logs, and nothing is reported to anybody.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from prefect.settings import PREFECT_API_URL
 from rich.rule import Rule
@@ -22,11 +26,21 @@ LABELS = ["World", "Sports", "Business", "Technology"]
 INSTRUCTION = "Classify this headline."
 
 NEXT = """\
-.venv/bin/alpaca judge "Is an alpaca a bird?"                a verb on the command line
-.venv/bin/alpaca answer "…" --temperature 0.7 --max-attempts 3
-.venv/bin/alpaca doctor                                      what this machine has
-.venv/bin/prefect server start                               then deploy: the README says how, in five lines
+  .venv/bin/alpaca judge "Is an alpaca a bird?"
+  .venv/bin/alpaca answer "What do alpacas eat?" --temperature 0.7 --max-attempts 3
+  .venv/bin/alpaca doctor
+  .venv/bin/prefect server start     # and then deploy the flows, as the README says
 """
+
+
+class Steps(logging.Handler):
+    """Prints what each task says once it is done."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message, unless it is the engine's own."""
+        message = record.getMessage()
+        if not message.startswith("Finished in state"):
+            console.print(text(f"  {message}", "dim"))
 
 
 def main() -> None:
@@ -37,21 +51,26 @@ def main() -> None:
     headlines = _column(EXAMPLES / "headlines.jsonl", "text")
     api = PREFECT_API_URL.value() or "a Prefect server of its own, for as long as it runs"
     console.print(text(f"{model.base_model} as Prefect flows, on {api}", "bold"))
+    logging.getLogger("prefect.task_runs").addHandler(Steps())
+    # torch takes seconds to import, and so does Prefect's server to start, in a process of its own: both at once.
+    threading.Thread(target=import_module, args=("alpaca_core.engines.transformers",), daemon=True).start()
 
     console.print(Rule(f"answer-question: {len(questions)} questions"))
-    with console.status("Loading the model (the first time it is unpacked, which takes a minute), then thinking …"):
+    with console.status("Answering (the first time the model is unpacked, which takes half a minute) …"):
         answers = answer_question(questions, sampling=Sampling(max_new_tokens=128), model=model)
+    console.print()
     for question, answer in zip(questions, tasks.values(Answer, answers), strict=True):
         console.print(answer_view(question, answer))
 
     console.print(Rule(f"judge-texts: {len(headlines)} headlines"))
     with console.status("Judging …"):
         judgments = judge_texts(headlines, LABELS, INSTRUCTION, show_labels=False, model=model)
+    console.print()
     console.print(judgments_view(headlines, tasks.values(Judgment, judgments)))
 
     console.print(Rule())
-    console.print(f"\nDone in {time.monotonic() - started:.0f} s. To try next:\n", style="bold")
-    console.print(NEXT)
+    console.print(text(f"Done in {time.monotonic() - started:.0f} s. To try next:\n", "bold"))
+    console.print(text(NEXT))
 
 
 def _column(path: Path, name: str) -> list[str]:

@@ -85,9 +85,9 @@ def _cells(text: str, judgment: Judgment | RowError) -> list[str]:
     if isinstance(judgment, RowError):
         return [f"failed: {inline(judgment.code)}", "", "", cell(text)]
     if judgment.label is None:
-        return ["none", "", f"{judgment.coverage:.3f}", cell(text)]
+        return ["none", "", f"{judgment.coverage:.2g}", cell(text)]
     share = bar(judgment.probabilities[judgment.label])
-    return [f"**{cell(judgment.label)}**", share, f"{judgment.coverage:.3f}", cell(text)]
+    return [f"**{cell(judgment.label)}**", share, f"{judgment.coverage:.2g}", cell(text)]
 
 
 def _table_row(text: str, judgment: Judgment | RowError, names: list[str]) -> Json:

@@ -73,10 +73,10 @@ def judgments_view(texts: Sequence[str], rows: Sequence[Judgment | RowError]) ->
         if isinstance(row, RowError):
             table.add_row(Group(text(judged), failure(row)))
         elif row.label is None:
-            table.add_row(text(judged), Text("none", "yellow"), "", f"{row.coverage:.3f}")
+            table.add_row(text(judged), Text("none", "yellow"), "", f"{row.coverage:.2g}")
         else:
             share = bar(row.probabilities[row.label])
-            table.add_row(text(judged), text(row.label, "bold"), share, f"{row.coverage:.3f}")
+            table.add_row(text(judged), text(row.label, "bold"), share, f"{row.coverage:.2g}")
     return table
 
 
@@ -85,7 +85,7 @@ def judgment_view(row: Judgment) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
         table.add_row(text(name, "bold" if name == row.label else ""), bar(share))
-    notes = [f"coverage {row.coverage:.3f}", *([row.reason] if row.reason else []), *row.notes]
+    notes = [f"coverage {row.coverage:.2g}", *([row.reason] if row.reason else []), *row.notes]
     return Group(table, text("; ".join(notes), "dim"))
 
 

@@ -1,5 +1,6 @@
 """The demo: two flows on the examples, and a page that a person can read."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ def test_the_demo_shows_every_question_and_headline(
     left: Left, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(logging.getLogger("prefect.task_runs"), "handlers", [])
     with use_model(
         FakeModel({"Proposed answer": {"Yes": 0.5, "No": 0.5}, "headline": {"World": 0.5, "Sports": 0.4}}, "So it is.")
     ):
@@ -25,6 +27,8 @@ def test_the_demo_shows_every_question_and_headline(
     assert printed.count("P(correct)") == 4
     assert printed.count("So it is.") == 8
     assert printed.count("World") == 12
+    assert "chain_of_thought: 4 rows" in printed
+    assert "judge: 12 rows" in printed
     assert "To try next" in printed
     assert left("answer-question")[0].name == "answer 4 questions"
     assert left("judge-texts")[0].name == "judge 12 texts"

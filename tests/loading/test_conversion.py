@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoModelForCausalLM
 
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.errors import InvalidCheckpoint
 from alpaca_core.tokenizer import Tokenizer
 
+proto: Any = sentencepiece_model_pb2  # filled when it is imported, so a type checker sees nothing in it
 WORDS = ["the", "a", "of", "Einstein", "Albert", "and", "first", "name", "is", "what", "two", "cans", "pierogi"]
 
 
