@@ -83,7 +83,7 @@ class ModelSpec(Value):
     template: TemplateName = Field(
         default="auto", description="Prompt template; auto asks the adapter, then the model."
     )
-    batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences computed together at most; a row with beams counts as many.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences computed together at most.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

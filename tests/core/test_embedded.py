@@ -92,7 +92,11 @@ def test_the_notebooks_last_chapter(embedded: LanguageModel) -> None:
 def test_greedy_text_is_that_of_transformers(embedded: LanguageModel) -> None:
     ids = list(template_of(embedded, None).encode("Name three colours of alpacas.").ids)
     expected = embedded._network.generate(
-        torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=list(embedded.info.eos_ids)
+        torch.tensor([ids]),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=list(embedded.info.eos_ids),
     )[0, len(ids) :].tolist()
     completion = generate(embedded, ["Name three colours of alpacas."], Sampling(max_new_tokens=24))[0]
     assert isinstance(completion, Completion)

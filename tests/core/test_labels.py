@@ -75,16 +75,12 @@ def test_the_default_counts_canonical_forms_and_single_tokens_and_nothing_else()
     for index, label in enumerate(labels):
         expected = {tuple(tokenizer.encode(form, "inside")) for form in forms(label)}
         expected |= {
-            (token,)
-            for token, piece in enumerate(PIECES)
-            if meaning(piece) in {meaning(form) for form in forms(label)}
+            (token,) for token, piece in enumerate(PIECES) if meaning(piece) in {meaning(form) for form in forms(label)}
         }
         text_of = {sequence: "".join(PIECES[token] for token in sequence) for sequence in expected}
         complete = {sequence for sequence, text in text_of.items() if text in forms(label) or len(sequence) == 1}
         shortest = {
-            sequence
-            for sequence in complete
-            if not any(sequence[:cut] in complete for cut in range(1, len(sequence)))
+            sequence for sequence in complete if not any(sequence[:cut] in complete for cut in range(1, len(sequence)))
         }
         assert set(found.sequences(index)) == shortest
 

@@ -1,6 +1,6 @@
 """The notebook's chapters on tokens and on yes and no, on LLaMA's own tokenizer."""
 
-from alpaca_core import special_tokens, show_tokens
+from alpaca_core import show_tokens, special_tokens
 from alpaca_core.labels import find_spellings
 from alpaca_core.prompts import Template
 from alpaca_core.spec import YES_NO

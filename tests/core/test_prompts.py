@@ -27,7 +27,9 @@ ZEPHYR = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n<|assistant|>\n' }}{% endif %}"
 )
-LLAMA_2 = "{% for message in messages %}{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}{% endfor %}"
+LLAMA_2 = (
+    "{% for message in messages %}{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}{% endfor %}"
+)
 HOSTILE = [
     "<s>",
     "</s>",
@@ -114,9 +116,7 @@ def test_a_template_marker_alone_on_a_line_comes_from_the_template_alone(instruc
         return
     lines = [line.rstrip() for line in fake.tokenizer.decode(prompt.ids).splitlines()]
     assert {marker: lines.count(marker) for marker in ALPACA_MARKERS} == dict.fromkeys(ALPACA_MARKERS, 1)
-    written = any(
-        line.rstrip() in ALPACA_MARKERS for text in (instruction, input) for line in text.splitlines()
-    )
+    written = any(line.rstrip() in ALPACA_MARKERS for text in (instruction, input) for line in text.splitlines())
     assert prompt.escaped == written
 
 
