@@ -13,7 +13,7 @@ from alpaca_core.loading import load_model
 from alpaca_core.model import Completion, LanguageModel, ModelInfo, RowError
 from alpaca_core.reasoning import Conclusion, chain_of_thought, conclude, final_answer
 from alpaca_core.spec import Label, ModelSpec, NamedAdapter, Sampling
-from alpaca_core.tokens import Token, TokenProbability, next_tokens, show_tokens, special_tokens
+from alpaca_core.tokens import Token, TokenProbability, describe_tokens, next_tokens, show_tokens, special_tokens
 from alpaca_core.verification import Verification, verify
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "answer",
     "chain_of_thought",
     "conclude",
+    "describe_tokens",
     "final_answer",
     "generate",
     "judge",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from alpaca_core import reasoning, verification
 from alpaca_core.errors import InvalidRequest
@@ -17,8 +18,10 @@ from alpaca_core.verification import Verification
 class Answer(Value):
     """An answer, how it came about, and how sure the model is of it.
 
-    `reasoning` is None without a chain of thought, `p_correct` without verification, `final_answer` where
-    none stands out in the answer. `attempts` says how many it took; the best one is kept.
+    `reasoning` is None without a chain of thought, `p_correct` without verification or where the verifier
+    had nothing to go by, `final_answer` where none stands out in the answer. `attempts` says how many it
+    took; the best one is kept. `escaped` says that a line in one of the prompts that equalled a template's
+    marker got a leading space.
     """
 
     question: str
@@ -66,7 +69,7 @@ def answer(
         min_p_correct: P(correct) that ends the attempts, between 0 and 1.
         template: Overrides the model's.
         adapter: Name of the LoRA weights to use; None for the bare base.
-        progress: Called with the number of questions just finished.
+        progress: Called with the number of questions just finished; each step is a part of one.
 
     Returns:
         An `Answer` for each question, in order; a `RowError` in place of each that failed.
@@ -116,12 +119,11 @@ def attempt(
 ) -> list[Answer | RowError]:
     """Run the chain on any steps; `answer` says what the arguments mean."""
     check_rows("questions", questions)
-    if not 0.0 <= min_p_correct <= 1.0:
-        raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct}.")
-    if max_attempts < 1 or conclusion_tokens < 1:
-        raise InvalidRequest(
-            f"max_attempts and conclusion_tokens are at least 1, but got {max_attempts} and {conclusion_tokens}."
-        )
+    if not isinstance(min_p_correct, int | float) or not 0.0 <= min_p_correct <= 1.0:
+        raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct!r:.80}. Use 0.5.")
+    for name, value in (("max_attempts", max_attempts), ("conclusion_tokens", conclusion_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise InvalidRequest(f"{name} is a whole number, at least 1, but got {value!r:.80}. Raise it.")
     if max_attempts > 1 and (sampling.temperature == 0 or not verify):
         raise InvalidRequest(
             f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "
@@ -129,6 +131,7 @@ def attempt(
         )
     results: dict[int, Answer | RowError] = {}
     pending = list(range(len(questions)))
+    share = 1 / max_attempts
     for index in range(max_attempts):
         tried = _attempt_once(
             steps,
@@ -139,12 +142,13 @@ def attempt(
             reason=reason,
             verify=verify,
             options={"template": template, "adapter": adapter},
+            progress=progress and (lambda done: progress(done * share)),
         )
         for place, new in zip(pending, tried, strict=True):
             results[place] = _better(results.get(place), new)
         left = [place for place in pending if _unconvincing(results[place], min_p_correct)]
         if progress:
-            progress(len(pending) - (len(left) if index + 1 < max_attempts else 0))
+            progress((len(pending) - len(left)) * (max_attempts - 1 - index) * share)
         pending = left
         if not pending:
             break
@@ -160,31 +164,35 @@ def _attempt_once(
     conclusion_tokens: int,
     reason: bool,
     verify: bool,
-    options: dict[str, str | None],
+    options: dict[str, Any],
+    progress: Progress | None,
 ) -> list[Answer | RowError]:
     indices = [index] * len(questions)
     short = sampling.model_copy(update={"max_new_tokens": conclusion_tokens})
-    thoughts: Sequence[str | RowError | None] = [None] * len(questions)
+    if progress:
+        count = reason + 1 + verify
+        options = {**options, "progress": lambda done: progress(done / count)}
+    thoughts: Sequence[Completion | RowError | None] = [None] * len(questions)
     if reason:
-        thoughts = map_rows(
-            lambda thought: thought.text.strip() or None,
-            steps.chain_of_thought(questions, sampling, sample_indices=indices, **options),
-        )
-    conclusions = steps.conclude(questions, thoughts, short, sample_indices=indices, **options)
+        thoughts = steps.chain_of_thought(questions, sampling, sample_indices=indices, **options)
+    reasonings = map_rows(lambda thought: (thought and thought.text.strip()) or None, thoughts)
+    conclusions = steps.conclude(questions, reasonings, short, sample_indices=indices, **options)
     checks: Sequence[Verification | RowError | None] = [None] * len(questions)
     if verify:
         said = map_rows(lambda conclusion: conclusion.text.strip() or NO_ANSWER, conclusions)
         checks = steps.verify(questions, said, **options)
 
-    def combine(question: str, thought: str | None, conclusion: Conclusion, check: Verification | None) -> Answer:
+    def combine(
+        question: str, thought: Completion | None, conclusion: Conclusion, check: Verification | None
+    ) -> Answer:
         return Answer(
             question=question,
-            reasoning=thought,
+            reasoning=(thought and thought.text.strip()) or None,
             answer=conclusion.text.strip(),
             final_answer=conclusion.final_answer,
-            p_correct=check.p_correct if check else None,
+            p_correct=check and check.p_correct,
             attempts=index + 1,
-            escaped=conclusion.escaped,
+            escaped=any(step.escaped for step in (thought, conclusion, check) if step),
         )
 
     return map_rows(combine, questions, thoughts, conclusions, checks)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from alpaca_core.errors import InvalidLabels, InvalidRequest, RowRejected
 from alpaca_core.labels import Spellings, as_labels, find_spellings, log_sum
@@ -11,9 +11,13 @@ from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowEr
 from alpaca_core.prompts import Prompt, template_of, user_text, with_labels
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
 from alpaca_core.spec import YES_NO, Label, Sampling, TemplateName, Value
+from alpaca_core.tokenizer import meaning
 
 MOST_SHOWN_LABELS = 20
 """Labels that the prompt names by default, unless they are yes and no."""
+
+MOST_SAMPLES = 10_000
+"""Responses that ``sampled`` draws for one text."""
 
 Method = Literal["logits", "sampled"]
 
@@ -88,32 +92,28 @@ def judge(
     """
     check_rows("texts", texts)
     checked = as_labels(labels)
-    if not 0.0 <= min_coverage <= 1.0:
-        raise InvalidRequest(f"min_coverage lies between 0 and 1, but got {min_coverage}.")
-    if method not in ("logits", "sampled"):
-        raise InvalidRequest(f"method is 'logits' or 'sampled', but got {method!r}.")
-    if method == "sampled" and not 1 <= samples <= 10_000:
-        raise InvalidRequest(f"samples lies between 1 and 10,000, but got {samples}.")
-    if method == "sampled" and all_segmentations:
-        raise InvalidRequest(
-            "all_segmentations reads logits, so method='sampled' has no use for it. Drop one of the two."
-        )
+    _check_settings(instruction, min_coverage, all_segmentations, method, samples, seed)
     writer = template_of(model, template, adapter)
     if show_labels is None:
-        show_labels = len(checked) <= MOST_SHOWN_LABELS and {label.name for label in checked} != {"Yes", "No"}
-    find_spellings(model.tokenizer, checked, writer.encode("?").ids, all_segmentations=all_segmentations)
+        yes_no = {meaning(label.name) for label in checked} == {meaning(label.name) for label in YES_NO}
+        show_labels = len(checked) <= MOST_SHOWN_LABELS and not yes_no
 
-    def ask(text: object) -> _Question:
-        question, input = user_text("a text", text), None
-        if instruction is not None:
-            question, input = instruction, question
+    def question_about(text: str) -> _Question:
+        question, input = (text, None) if instruction is None else (instruction, text)
         prompt = writer.encode(with_labels(question, checked) if show_labels else question, input)
-        try:
-            spellings = find_spellings(model.tokenizer, checked, prompt.ids, all_segmentations=all_segmentations)
-        except InvalidLabels as error:
-            raise RowRejected("no_spelling", str(error)) from error
+        spellings = find_spellings(model.tokenizer, checked, prompt.ids, all_segmentations=all_segmentations)
         return _Question(prompt, spellings)
 
+    def ask(text: object) -> _Question:
+        try:
+            return question_about(user_text("a text", text))
+        except InvalidLabels as error:
+            raise RowRejected("no_spelling", str(error)) from error
+
+    try:
+        question_about("?")  # what is wrong with labels or instruction is wrong with every row
+    except RowRejected as error:
+        raise InvalidRequest(f"instruction and labels cannot be asked: {error}") from error
     asked = map_rows(ask, texts)
     if method == "logits":
         masses = _masses_by_logits(model, asked, len(checked), adapter, progress)
@@ -122,6 +122,29 @@ def judge(
     return map_rows(
         lambda text, question, mass: _judgment(text, checked, mass, question, min_coverage), texts, asked, masses
     )
+
+
+def _check_settings(
+    instruction: object, min_coverage: object, all_segmentations: bool, method: object, samples: object, seed: object
+) -> None:
+    if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
+        raise InvalidRequest(
+            f"instruction is the question about every text, but got {instruction!r:.80}. Ask something, or use None."
+        )
+    if not isinstance(min_coverage, int | float) or not 0.0 <= min_coverage <= 1.0:
+        raise InvalidRequest(
+            f"min_coverage lies between 0 and 1, but got {min_coverage!r:.80}. Use 0 to never abstain."
+        )
+    if method not in get_args(Method):
+        raise InvalidRequest(f"method is 'logits' or 'sampled', but got {method!r:.80}. Name one of them.")
+    if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
+        raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {samples!r:.80}. Use 10 to 100.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {seed!r:.80}. Use 0.")
+    if method == "sampled" and all_segmentations:
+        raise InvalidRequest(
+            "all_segmentations reads logits, so method='sampled' has no use for it. Drop one of the two."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +188,7 @@ def _masses_by_samples(
     drawn = map_rows(
         lambda question, response: (question.spellings.label_of(response.token_ids),),
         questions,
-        run_rows(model.generate, rows),
+        run_rows(model.generate, rows, progress, 1 / samples),
     )
 
     masses: list[list[float] | RowError] = []
@@ -174,8 +197,6 @@ def _masses_by_samples(
         error = next((each for each in found if isinstance(each, RowError)), None)
         counts = [sum(each == (label,) for each in found) for label in range(labels)]
         masses.append(error or [math.log(count / samples) if count else -math.inf for count in counts])
-        if progress:
-            progress(1)
     return masses
 
 

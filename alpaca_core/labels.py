@@ -13,9 +13,9 @@ What is counted (the definition, of which the tests are the brute force):
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from alpaca_core.errors import InvalidLabels
 from alpaca_core.model import Trie
@@ -112,18 +112,27 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
     """Check a set of labels; plain strings become `Label`; a bare yes or no gets its default aliases.
 
     Raises:
-        InvalidLabels: For fewer than two, for one that is no text, or for two that mean the same.
+        InvalidLabels: For no list, fewer than two, one that is no text, or two that mean the same.
     """
-    if isinstance(labels, str) or len(labels) < 2:
+    if isinstance(labels, str | bytes) or not isinstance(labels, Sequence) or len(labels) < 2:
         raise InvalidLabels(f"a judgment needs at least two labels, but got {labels!r:.80}. Name them in a list.")
-    checked = []
     for label in labels:
         if not isinstance(label, str | Label) or (isinstance(label, str) and not label.strip()):
             raise InvalidLabels(
                 f"a label is a word or words, but got {label!r:.80}. Use a text, or Label(name, aliases)."
             )
-        known = {meaning(each.name): each.aliases for each in YES_NO}
-        checked.append(Label(name=label, aliases=known.get(meaning(label), ())) if isinstance(label, str) else label)
+    plain = [Label(name=label) if isinstance(label, str) else label for label in labels]
+    for text in (text for label in plain for text in (label.name, *label.aliases)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidLabels(
+                f"a label must be encodable as UTF-8, but {text!r:.80} holds a lone surrogate. Mend it."
+            )
+    taken = {meaning(text) for label in plain for text in (label.name, *label.aliases)}
+    known = {meaning(label.name): tuple(alias for alias in label.aliases if alias not in taken) for label in YES_NO}
+    checked = [
+        label.model_copy(update={"aliases": known.get(meaning(label.name), ())}) if isinstance(given, str) else label
+        for given, label in zip(labels, plain, strict=True)
+    ]
     seen: dict[str, str] = {}
     for label in checked:
         twin = seen.setdefault(meaning(label.name), label.name)
@@ -135,10 +144,15 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
     return tuple(checked)
 
 
+def _title(text: str) -> str:
+    """Begin each word with a capital; `str.title` would write ``Don'T``."""
+    return re.sub(r"[^\W\d_]+(['’][^\W\d_]+)*", lambda word: word[0].capitalize(), text)
+
+
 def forms(label: Label) -> list[str]:
     """Return a label's surface forms: as given, lower, Title, UPPER; with and without one leading space."""
     texts = [text.strip() for text in (label.name, *label.aliases)]
-    cased = [form for text in texts for form in (text, text.lower(), text.title(), text.upper())]
+    cased = [form for text in texts for form in (text, text.lower(), _title(text), text.upper())]
     return list(dict.fromkeys(space + form for form in cased for space in ("", " ")))
 
 
@@ -160,10 +174,9 @@ def find_spellings(
         InvalidLabels: If a label is left without a spelling.
         TooManySpellings: If all segmentations need more than `MAX_NODES` nodes.
     """
-    return _find(tokenizer, labels, tokenizer.tail(prompt_ids), all_segmentations)
+    return tokenizer.remember(_find, labels, tokenizer.tail(prompt_ids), all_segmentations)
 
 
-@lru_cache(maxsize=256)
 def _find(tokenizer: Tokenizer, labels: tuple[Label, ...], tail: tuple[int, ...], all_segmentations: bool) -> Spellings:
     meant: dict[tuple[int, ...], set[int]] = {}
     for index, label in enumerate(labels):
@@ -176,7 +189,7 @@ def _find(tokenizer: Tokenizer, labels: tuple[Label, ...], tail: tuple[int, ...]
                 found += _segmentations(tokenizer, form)
             for sequence in found:
                 meant.setdefault(sequence, set()).add(index)
-            if len(meant) > MAX_NODES:
+            if all_segmentations and len(meant) > MAX_NODES:
                 raise TooManySpellings(
                     f"all segmentations may have {MAX_NODES:,} nodes, but {label.name!r} goes beyond. "
                     "Use shorter labels, or leave all_segmentations off."

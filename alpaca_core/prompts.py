@@ -7,10 +7,12 @@ by id, from the template alone, so that user text can never become one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from alpaca_core.errors import InvalidRequest, RowRejected
@@ -68,8 +70,17 @@ class _Skeleton:
     """A template with a hole: control tokens by id, text in between, `_SLOT` where the user's text goes."""
 
     parts: tuple[int | str, ...]
-    strip_left: bool = False
-    strip_right: bool = False
+    strip_left: bool
+    strip_right: bool
+
+    def stripped(self, text: str) -> str:
+        """Strip a user's text where the template does."""
+        text = text.lstrip() if self.strip_left else text
+        return text.rstrip() if self.strip_right else text
+
+    def filled(self, text: str) -> list[int | str]:
+        """Put a user's text into the hole."""
+        return [part if isinstance(part, int) else text.join(part.split(_SLOT)) for part in self.parts]
 
 
 class Template:
@@ -95,7 +106,7 @@ class Template:
                     f"template='chat' needs a model with a chat template, but {model.info.name!r} has none. "
                     "Use template='alpaca', 'alpaca-lora' or 'raw'."
                 )
-            self._chat = _chat_skeleton(model.info.chat_template, model.tokenizer)
+            self._chat = model.tokenizer.remember(_chat_skeleton, model.info.chat_template)
             self._markers = _markers_of(self._chat)
         elif name in ("alpaca", "alpaca-lora"):
             self._markers = ALPACA_MARKERS
@@ -110,26 +121,27 @@ class Template:
         Raises:
             RowRejected: With code ``prompt_too_long`` or ``invalid_text``.
         """
-        instruction, escaped = self._escape(instruction)
-        if input is not None:
-            input, input_escaped = self._escape(input)
-            escaped = escaped or input_escaped
         self._refuse_hopeless(len(instruction) + len(input or ""))
+        parts: Iterable[int | str]
         if self.name in ("alpaca", "alpaca-lora"):
-            text = (ALPACA if input is None else ALPACA_WITH_INPUT).format(instruction=instruction, input=input)
-            parts: Iterable[int | str] = [text + ("\n" if self.name == "alpaca-lora" else "")]
+            fields = {"instruction": self._escape(instruction), "input": self._escape(input or "")}
+            escaped = fields != {"instruction": instruction, "input": input or ""}
+            text = (ALPACA if input is None else ALPACA_WITH_INPUT).format(**fields)
+            parts = [text + ("\n" if self.name == "alpaca-lora" else "")]
         else:
             text = instruction if input is None else f"{instruction}\n\n{input}"
-            parts = [text] if self._chat is None else _fill(self._chat, text)
+            text = self._chat.stripped(text) if self._chat else text
+            kept = self._escape(text)  # after stripping, which would take the escape away again
+            escaped = kept != text
+            parts = self._chat.filled(kept) if self._chat else [kept]
         ids = [] if self._chat else list(self._tokenizer.prefix_ids)
         for place, part in enumerate(parts):
             ids += [part] if isinstance(part, int) else self._tokenizer.encode(part, "segment" if place else "start")
         return Prompt(tuple(ids), escaped)
 
-    def _escape(self, text: str) -> tuple[str, bool]:
+    def _escape(self, text: str) -> str:
         lines = text.splitlines(keepends=True)
-        kept = [f" {line}" if line.rstrip() in self._markers else line for line in lines]
-        return "".join(kept), kept != lines
+        return "".join(f" {line}" if line.rstrip() in self._markers else line for line in lines)
 
     def _refuse_hopeless(self, characters: int) -> None:
         """Refuse a text that cannot fit before its megabytes are split into tokens."""
@@ -151,8 +163,11 @@ def template_of(model: LanguageModel, template: TemplateName | None, adapter: st
         adapter: The adapter that the batch's rows name.
 
     Raises:
-        InvalidRequest: For an unknown adapter, or ``chat`` on a model without a chat template.
+        InvalidRequest: For an unknown adapter or template, or ``chat`` on a model without a chat template.
     """
+    if template is not None and template not in get_args(TemplateName):
+        known = ", ".join(get_args(TemplateName))
+        raise InvalidRequest(f"template is one of {known}, but got {template!r:.80}. Name one of them, or None.")
     try:
         used = model.info.adapter(adapter)
     except RowRejected as error:
@@ -186,14 +201,18 @@ def with_labels(instruction: str, labels: Sequence[Label]) -> str:
     return SHOW_LABELS.format(instruction=instruction, labels=", ".join(label.name.strip() for label in labels))
 
 
-def _fill(skeleton: _Skeleton, text: str) -> Iterable[int | str]:
-    text = text.lstrip() if skeleton.strip_left else text
-    text = text.rstrip() if skeleton.strip_right else text
-    return [part if isinstance(part, int) else text.join(part.split(_SLOT)) for part in skeleton.parts]
+class _Generation(Extension):
+    """Accepts the tags around a response, which trainers read, and renders what is between them."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse up to the closing tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@lru_cache(maxsize=32)
-def _chat_skeleton(chat_template: str, tokenizer: Tokenizer) -> _Skeleton:
+def _chat_skeleton(tokenizer: Tokenizer, chat_template: str) -> _Skeleton:
     """Render a chat template once, around a slot, so that only the template's own text is parsed for tokens."""
     rendered = _render(chat_template, tokenizer, f"{_BLANK}{_SLOT}{_BLANK}")
     strip_left, strip_right = f"{_BLANK}{_SLOT}" not in rendered, f"{_SLOT}{_BLANK}" not in rendered
@@ -209,7 +228,7 @@ def _render(chat_template: str, tokenizer: Tokenizer, content: str) -> str:
 
     # No strftime_now: a prompt that names the day would change its answer overnight.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.globals["raise_exception"] = raise_exception
     names: dict[str, Any] = {
@@ -217,10 +236,11 @@ def _render(chat_template: str, tokenizer: Tokenizer, content: str) -> str:
         "add_generation_prompt": True,
         "bos_token": tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else "",
         "eos_token": tokenizer.piece(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
+        **tokenizer.named,
     }
     try:
         return environment.from_string(chat_template).render(names)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # the template's own program may raise any kind
         raise InvalidRequest(
             f"the model's chat template cannot write a single user message ({error}). Use template='alpaca' or 'raw'."
         ) from error

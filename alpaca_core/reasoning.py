@@ -100,7 +100,8 @@ def conclude(
 
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
-_MARKER = re.compile(r"(?:####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=))\s*:?\s*(?=\S)", re.IGNORECASE)
+_MARKER = re.compile(r"(?:####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=))[\s:]*", re.IGNORECASE)
+_END = re.compile(r"\n|(?<!\bDr|\bMr|\bMs|\bSt)(?<!\bMrs)(?<!\bProf)[.!?](?:\s|$)")
 _SHORT = 5
 
 
@@ -124,14 +125,26 @@ def final_answer(text: str) -> str | None:
         >>> final_answer("One could see this in many ways, and none is better.") is None
         True
     """
-    markers = list(_MARKER.finditer(text))
+    text = text.rstrip()
+    markers = [marker for marker in _MARKER.finditer(text) if marker.end() < len(text)]
     if markers:
         announced = text[markers[-1].end() :]
-        return _bare(re.split(r"\n|\}|[.!?](?:\s|$)", announced)[0]) or None
+        boxed = _in_braces(announced) if "{" in markers[-1][0] else None
+        return _bare(boxed or _END.split(announced, maxsplit=1)[0]) or None
     if len(text.split()) <= _SHORT:
         return _bare(text) or None
     numbers = {_bare(number) for number in re.findall(_NUMBER, text)}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _in_braces(text: str) -> str | None:
+    """Return what stands before the brace that closes one opened before the text; None where none does."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:place]
+    return None
 
 
 def _bare(text: str) -> str:

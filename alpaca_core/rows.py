@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import RowError
 
-Progress = Callable[[int], object]
-"""Called with the number of rows just finished; ``tqdm.update`` is one."""
+Progress = Callable[[float], object]
+"""Called with the number of rows just finished, in parts where a row takes several steps; ``tqdm.update`` is one."""
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -56,16 +56,24 @@ def run_rows(
     primitive: Callable[[Sequence[Row]], Iterator[tuple[int, Result | RowError]]],
     rows: Sequence[Row | RowError],
     progress: Progress | None = None,
+    share: float = 1.0,
 ) -> list[Result | RowError]:
-    """Run the rows that are no `RowError` yet on a model's primitive, and return results in the rows' order."""
+    """Run the rows that are no `RowError` yet on a model's primitive, and return results in the rows' order.
+
+    Args:
+        primitive: A method of `LanguageModel`.
+        rows: The batch.
+        progress: Called with `share` for each row that has finished.
+        share: What one of these rows is of a row that the caller was given.
+    """
     results: list[Result | RowError | None] = [row if isinstance(row, RowError) else None for row in rows]
     places = [place for place, result in enumerate(results) if result is None]
     if progress and len(places) < len(rows):
-        progress(len(rows) - len(places))
+        progress((len(rows) - len(places)) * share)
     for index, result in primitive([row for row in rows if not isinstance(row, RowError)]):
         results[places[index]] = result
         if progress:
-            progress(1)
+            progress(share)
     missing = [place for place, result in enumerate(results) if result is None]
     if missing:
         raise RuntimeError(f"the engine returned no result for rows {missing[:5]}; this is a bug of the engine.")

@@ -120,7 +120,8 @@ class FakeModel(LanguageModel):
             reply = max(replies, key=replies.__getitem__)
         else:
             key = json.dumps([row.sampling.seed, row.sample_index, row.prompt_ids])
-            weights = [probability ** (1 / row.sampling.temperature) for probability in replies.values()]
+            top = max(replies.values())  # scaled by it, so that a low temperature leaves one weight above 0
+            weights = [(chance / top) ** (1 / row.sampling.temperature) for chance in replies.values()]
             reply = random.Random(key).choices(list(replies), weights)[0]
         ids = self._tokenizer.encode(reply, "inside")
         kept = ids[: row.sampling.max_new_tokens]
@@ -158,7 +159,7 @@ def _distribution(reply: Reply) -> dict[str, float]:
     if isinstance(reply, str):
         return {reply: 1.0}
     total = math.fsum(reply.values())
-    if not total > 0 or any(probability < 0 for probability in reply.values()):
+    if not 0 < total < math.inf or any(probability < 0 for probability in reply.values()):
         raise InvalidRequest(f"probabilities are at least 0, with a sum above 0, but got {dict(reply)!r:.80}.")
     return {text: probability / total for text, probability in reply.items()}
 

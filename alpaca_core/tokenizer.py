@@ -8,16 +8,18 @@ gave two threads one another's settings. Control tokens are put in by id, by `pr
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import tokenizers
 
 from alpaca_core.errors import InvalidCheckpoint, RowRejected
 
 Place = Literal["start", "segment", "inside"]
+
+Made = TypeVar("Made")
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _TAIL = 8
@@ -30,12 +32,14 @@ class Tokenizer:
     Args:
         definition: Content of a ``tokenizer.json``.
         eos_ids: Tokens that end a response.
+        named: Spellings that ``tokenizer_config.json`` gives to ``bos_token``, ``eos_token`` and their like,
+            for a chat template to name.
 
     Raises:
         InvalidCheckpoint: If the definition is none that the `tokenizers` library reads.
     """
 
-    def __init__(self, definition: str, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(self, definition: str, eos_ids: Sequence[int] = (), named: Mapping[str, str] | None = None) -> None:
         try:
             parsed: dict[str, Any] = json.loads(definition)
             self._full = tokenizers.Tokenizer.from_str(definition)
@@ -50,7 +54,7 @@ class Tokenizer:
             raise InvalidCheckpoint(f"tokenizer.json cannot be read ({error}). Fetch the model again.") from error
         self.definition = definition
         self.eos_ids = tuple(eos_ids)
-        self.vocab_size = self._full.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values(), default=-1)
         with_bos, bare = self._full.encode("a").ids, self._full.encode("a", add_special_tokens=False).ids
         self.prefix_ids: tuple[int, ...] = tuple(with_bos[: with_bos.index(bare[0])]) if bare else ()
         """Tokens that the model was trained to see before a text, such as BOS."""
@@ -61,15 +65,22 @@ class Tokenizer:
         # Decoders drop the space of a first word; behind this token everything is in mid-text.
         self._anchor = (bare or [0])[-1]
         self._anchor_text = self._full.decode([self._anchor], skip_special_tokens=False)
+        self.named: dict[str, str] = dict(named or {})
         self._continue = lru_cache(maxsize=65_536)(self._continuation)
+        self._remembered = lru_cache(maxsize=512)(lambda make, key: make(self, *key))
 
     @classmethod
-    def from_file(cls, path: Path, eos_ids: Sequence[int] = ()) -> Self:
+    def from_file(cls, path: Path, eos_ids: Sequence[int] = (), named: Mapping[str, str] | None = None) -> Self:
         """Read a ``tokenizer.json``."""
         try:
-            return cls(path.read_text(encoding="utf-8"), eos_ids)
+            return cls(path.read_text(encoding="utf-8"), eos_ids, named)
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidCheckpoint(f"{path} cannot be read ({error}). Fetch the model again.") from error
+
+    def remember(self, make: Callable[..., Made], *key: Hashable) -> Made:
+        """Return ``make(self, *key)``, worked out once, and forgotten together with this tokenizer."""
+        made: Made = self._remembered(make, key)
+        return made
 
     def is_special(self, token_id: int) -> bool:
         """Say whether a token is a control token: one that no text can spell."""
@@ -136,7 +147,7 @@ class Tokenizer:
         Raises:
             RowRejected: If the vocabulary has no such id.
         """
-        piece = self._full.id_to_token(token_id)
+        piece = self._full.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
         if piece is None:
             raise RowRejected(
                 "not_text", f"a token id lies between 0 and {self.vocab_size - 1:,}, but got {token_id}. Check the id."

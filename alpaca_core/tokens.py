@@ -1,10 +1,11 @@
 """A look at what the model really reads and writes: tokens, special tokens, the next token's distribution."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy
 
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Trie
 from alpaca_core.prompts import template_of, user_text
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
@@ -47,17 +48,34 @@ def show_tokens(model: LanguageModel, texts: Sequence[str | RowError]) -> list[t
 
     def split(text: object) -> tuple[Token, ...]:
         ids = [*tokenizer.prefix_ids, *tokenizer.encode(user_text("a text", text))]
-        return tuple(describe(tokenizer, token) for token in ids)
+        return tuple(_describe(tokenizer, token) for token in ids)
 
     return map_rows(split, texts)
 
 
-def describe(tokenizer: Tokenizer, token_id: int) -> Token:
-    """Name one token.
+def describe_tokens(model: LanguageModel, token_ids: Sequence[int]) -> tuple[Token, ...]:
+    """Decode token ids one by one, each as it reads in mid-text.
+
+    Args:
+        model: Only its tokenizer is used.
+        token_ids: Any ids of the vocabulary.
 
     Raises:
         InvalidRequest: If the vocabulary has no such id.
+
+    Example:
+        >>> from alpaca_core.testing import FakeModel
+        >>> [token.text for token in describe_tokens(FakeModel(""), [112, 97])]
+        ['p', 'a']
     """
+    check_rows("token_ids", token_ids)
+    try:
+        return tuple(_describe(model.tokenizer, index(token)) for token in token_ids)
+    except (RowRejected, TypeError) as error:
+        raise InvalidRequest(f"token_ids are numbers of the vocabulary, but {error}") from error
+
+
+def _describe(tokenizer: Tokenizer, token_id: int) -> Token:
     special = tokenizer.is_special(token_id)
     return Token(
         id=token_id,
@@ -69,7 +87,7 @@ def describe(tokenizer: Tokenizer, token_id: int) -> Token:
 
 def special_tokens(model: LanguageModel) -> tuple[Token, ...]:
     """Return the model's control tokens, by id: those that stand for no text, such as BOS and EOS."""
-    return tuple(describe(model.tokenizer, token) for token in sorted(model.tokenizer.special_ids.values()))
+    return describe_tokens(model, sorted(model.tokenizer.special_ids.values()))
 
 
 def next_tokens(
@@ -98,8 +116,8 @@ def next_tokens(
         InvalidRequest: If n is below 1, or the adapter or template is unknown.
     """
     check_rows("prompts", prompts)
-    if n < 1:
-        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {n}.")
+    if not isinstance(n, int) or n < 1:
+        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {n!r:.80}. Use 20.")
     writer = template_of(model, template, adapter)
     everything = Trie(tuple(range(model.info.vocab_size)), (-1,) * model.info.vocab_size)
     rows = map_rows(
@@ -114,6 +132,6 @@ def _likeliest(tokenizer: Tokenizer, scores: list[float], n: int) -> tuple[Token
     # A head padded beyond the vocabulary has rows that no token stands for.
     best = [int(token) for token in numpy.argsort(-probabilities, kind="stable") if token < tokenizer.vocab_size][:n]
     return tuple(
-        TokenProbability(**describe(tokenizer, token).model_dump(), probability=float(probabilities[token]))
+        TokenProbability(**_describe(tokenizer, token).model_dump(), probability=float(probabilities[token]))
         for token in best
     )

@@ -11,11 +11,14 @@ from alpaca_core.spec import TemplateName, Value
 
 
 class Verification(Value):
-    """What the model thinks of an answer: P(correct), and the mass that yes and no had together."""
+    """What the model thinks of an answer: P(correct), and the mass that yes and no had together.
+
+    `p_correct` is None where that mass is 0, since nothing tells the two apart then.
+    """
 
     question: str
     answer: str
-    p_correct: float
+    p_correct: float | None
     coverage: float
     escaped: bool = False
 
@@ -54,6 +57,7 @@ def verify(
         InvalidRequest: If the lists differ in length, or a setting is out of range.
     """
     check_rows("questions", questions)
+    check_rows("answers", answers)
 
     def ask(question: object, answer: object, reasoning: object) -> str:
         asked, answered = user_text("a question", question), user_text("an answer", answer)
@@ -78,7 +82,7 @@ def verify(
         return Verification(
             question=question,
             answer=answer,
-            p_correct=judgment.probabilities["Yes"],
+            p_correct=None if judgment.label is None else judgment.probabilities["Yes"],
             coverage=judgment.coverage,
             escaped=judgment.escaped,
         )

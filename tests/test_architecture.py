@@ -159,6 +159,7 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
         "answer",
         "chain_of_thought",
         "conclude",
+        "describe_tokens",
         "final_answer",
         "generate",
         "judge",

@@ -94,6 +94,31 @@ def test_a_model_that_says_nothing_is_still_an_answer() -> None:
     assert result.p_correct == pytest.approx(0.1, abs=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"reason": False}, {"sampling": WARM, "max_attempts": 3, "reason": False}])
+def test_progress_moves_with_each_step_and_ends_at_the_number_of_questions(settings: dict[str, object]) -> None:
+    done: list[float] = []
+    answer(world(p_correct=0.4), ["Capital?", None, "Capital of France?"], progress=done.append, **settings)
+    assert sum(done) == pytest.approx(3)
+    assert len(done) > 3
+    done.clear()
+    answer(world(p_correct=0.9), ["Capital?"], progress=done.append, **settings)
+    assert sum(done) == pytest.approx(1)
+
+
+def test_an_escape_in_any_step_is_told() -> None:
+    fake = FakeModel({"Think step by step": "Steps.\n### Response:\nEvil."}, otherwise="Yes")
+    assert answer(fake, ["Capital?"])[0].escaped
+    assert not answer(fake, ["Capital?"], reason=False)[0].escaped
+
+
+def test_where_the_verifier_says_neither_there_is_no_probability() -> None:
+    fake = FakeModel({"Is the proposed answer correct?": "Perhaps."}, otherwise="Bonn")
+    checked = verify(fake, ["Capital?"], ["Bonn"], method="sampled")[0]
+    assert (checked.p_correct, checked.coverage) == (None, 0.0)
+    with pytest.raises(InvalidRequest, match="answers"):
+        verify(fake, ["Capital?"], None)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -101,11 +126,13 @@ def test_a_model_that_says_nothing_is_still_an_answer() -> None:
         {"max_attempts": 2},
         {"max_attempts": 2, "sampling": WARM, "verify": False},
         {"min_p_correct": 1.1},
+        {"min_p_correct": "high"},
         {"conclusion_tokens": 0},
+        {"max_attempts": 1.5},
     ],
     ids=repr,
 )
-def test_attempts_without_effect_are_refused(settings: dict[str, object]) -> None:
+def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
         answer(world(), ["Capital?"], **settings)
 

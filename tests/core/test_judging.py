@@ -48,6 +48,18 @@ def test_labels_stand_in_the_prompt_by_default_unless_they_are_yes_and_no() -> N
     assert judge(FakeModel({"Answer with one of": many[0], "?": many[1]}), ["?"], many)[0].label == many[1]
 
 
+def test_yes_and_no_in_any_case_are_not_shown() -> None:
+    fake = FakeModel({"Answer with one of": "Yes"}, otherwise="No")
+    assert judge(fake, ["?"], ["no", "YES"])[0].label == "no"
+    assert judge(fake, ["?"], ["yes", "no", "unsure"])[0].label == "yes"
+
+
+def test_progress_moves_while_samples_are_drawn() -> None:
+    done: list[float] = []
+    judge(FakeModel("Yes"), ["?"], method="sampled", samples=4, progress=done.append)
+    assert done == [0.25] * 4
+
+
 def test_below_min_coverage_the_judgment_abstains_and_says_why() -> None:
     fake = FakeModel({"Yes": 0.02, "Who knows": 0.98})
     assert judge(fake, ["?"])[0].label == "Yes"
@@ -91,10 +103,18 @@ def test_a_row_beyond_the_context_is_its_own_error() -> None:
         {"min_coverage": 1.5},
         {"min_coverage": math.nan},
         {"method": "guess"},
+        {"min_coverage": "half"},
         {"method": "sampled", "samples": 0},
+        {"method": "sampled", "samples": 2.5},
+        {"method": "sampled", "seed": -1},
+        {"instruction": ""},
+        {"instruction": 7},
+        {"instruction": "\ud800"},
+        {"instruction": "x" * 70_000},
         {"method": "sampled", "all_segmentations": True},
         {"adapter": "nobody"},
         {"template": "chat"},
+        {"template": "vicuna"},
     ],
     ids=repr,
 )
@@ -116,9 +136,9 @@ def test_labels_are_refused_before_rows_are_looked_at() -> None:
 
 def test_progress_counts_every_row_once() -> None:
     for method in ("logits", "sampled"):
-        done: list[int] = []
+        done: list[float] = []
         judge(FakeModel("Yes"), ["?", None, "!"], method=method, progress=done.append)
-        assert sum(done) == 3
+        assert sum(done) == pytest.approx(3)
 
 
 def test_judgments_are_json_and_back() -> None:

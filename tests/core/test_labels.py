@@ -122,6 +122,24 @@ def test_yes_and_no_given_as_strings_keep_their_default_aliases() -> None:
     assert as_labels(["maybe", "never"])[0].aliases == ()
 
 
+def test_a_default_alias_gives_way_to_a_label_that_means_it() -> None:
+    assert as_labels(["yes", "no", "true"])[0].aliases == ("y",)
+    assert as_labels(["yes", Label(name="other", aliases=("Y",))])[0].aliases == ("true",)
+    judgment = judge(FakeModel({"true": 0.5, "yes": 0.3, "no": 0.2}), ["?"], ["yes", "no", "true"])[0]
+    assert judgment.probabilities == pytest.approx({"yes": 0.3, "no": 0.2, "true": 0.5}, abs=1e-6)
+
+
+def test_title_case_capitalises_words_and_nothing_inside_them() -> None:
+    assert "Don't Know" in forms(Label(name="don't know"))
+    assert "Sci-Tech" in forms(Label(name="sci-tech"))
+    assert "Été  Indien" in forms(Label(name="été  indien"))
+
+
+def test_long_label_sets_have_no_limit_of_nodes_unless_all_segmentations_are_counted() -> None:
+    names = [f"{number} {'word ' * 9}{number}" for number in range(1100)]
+    assert judge(FakeModel(names[7]), ["?"], names)[0].label == names[7]
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -136,6 +154,8 @@ def test_yes_and_no_given_as_strings_keep_their_default_aliases() -> None:
         ["a", None],
         ["a", 3],
         ["Ⅳ", "iv"],
+        {"a", "b"},
+        ["a", "\ud800"],
     ],
     ids=repr,
 )

@@ -1,0 +1,42 @@
+"""Tokens as people look at them, and the fake that flows are tested with."""
+
+import math
+
+import pytest
+
+from alpaca_core import Sampling, describe_tokens, generate, next_tokens, show_tokens, special_tokens
+from alpaca_core.errors import InvalidRequest
+from alpaca_core.testing import FakeModel
+
+
+def test_tokens_shown_one_by_one_are_those_of_the_text() -> None:
+    fake = FakeModel("")
+    shown = show_tokens(fake, ["alpaca é"])[0]
+    assert describe_tokens(fake, [token.id for token in shown]) == shown
+    assert describe_tokens(fake, [256]) == special_tokens(fake)
+
+
+@pytest.mark.parametrize("ids", [[-1], [257], ["a"], [1.0], 3, [None], [2**70]], ids=repr)
+def test_a_token_that_does_not_exist_is_refused(ids: object) -> None:
+    with pytest.raises(InvalidRequest, match="token"):
+        describe_tokens(FakeModel(""), ids)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "all"])
+def test_next_tokens_counts_from_one(n: object) -> None:
+    with pytest.raises(InvalidRequest, match="n counts"):
+        next_tokens(FakeModel(""), ["?"], n)
+
+
+def test_a_low_temperature_comes_near_the_likeliest_reply() -> None:
+    fake = FakeModel({"rare": 1e-3, "common": 0.999})
+    rows = generate(fake, ["?"] * 20, Sampling(temperature=1e-6), sample_indices=range(20))
+    assert {row.text for row in rows} == {"common"}
+    tie = generate(FakeModel({"a": 1e-9, "b": 1e-9}), ["?"] * 50, Sampling(temperature=0.01), sample_indices=range(50))
+    assert {row.text for row in tie} == {"a", "b"}
+
+
+@pytest.mark.parametrize("replies", [{"a": -1.0}, {"a": 0.0}, {"a": math.inf}, {"a": math.nan, "b": 1.0}], ids=repr)
+def test_a_fake_without_a_distribution_is_refused(replies: dict[str, float]) -> None:
+    with pytest.raises(InvalidRequest, match="probabilities"):
+        FakeModel(replies)
