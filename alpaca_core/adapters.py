@@ -136,7 +136,7 @@ def read_lora(path: Path) -> LoraFields:
 
 def _find(name: str, source: str, revision: str | None, again: bool) -> Adapter:
     folder, commit = _locate(source, revision)
-    manifest = read_manifest(folder) or Manifest()
+    manifest = _sidecar(folder)
     sha256 = known_digests(folder, (CONFIG, WEIGHTS), again=again or bool(manifest.sha256))
     for file, digest in sha256.items():
         if manifest.sha256.get(file, digest) != digest:
@@ -152,6 +152,18 @@ def _find(name: str, source: str, revision: str | None, again: bool) -> Adapter:
         template=manifest.template,
     )
     return Adapter(info, folder, read_lora(folder / CONFIG))
+
+
+def _sidecar(folder: Path) -> Manifest:
+    try:
+        return read_manifest(folder) or Manifest()
+    except DigestMismatch as error:
+        if cache_folder().resolve() in folder.resolve().parents:
+            raise
+        raise InvalidAdapter(
+            f'{folder / MANIFEST} must be JSON such as {{"template": "alpaca"}}, but cannot be read '
+            f"({error.__cause__}). Fix or remove that file."
+        ) from error
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -190,7 +190,7 @@ def _attempt_once(
             reasoning=(thought and thought.text.strip()) or None,
             answer=conclusion.text.strip(),
             final_answer=conclusion.final_answer,
-            p_correct=check and check.p_correct,
+            p_correct=check.p_correct if check else None,
             attempts=index + 1,
             escaped=any(step.escaped for step in (thought, conclusion, check) if step),
         )

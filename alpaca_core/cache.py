@@ -13,10 +13,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from alpaca_core.errors import DigestMismatch, LoadError
 from alpaca_core.spec import TemplateName, Value
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "alpaca.json"
 """Name of the manifest in a prepared folder, and of the sidecar of an adapter."""
+
+_LEDGER = TypeAdapter(dict[str, tuple[int, int, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]])
+"""Size, time and SHA-256 of files, by name."""
 
 
 class Manifest(Value):
@@ -75,7 +78,7 @@ def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = 
     if replace or not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
+            with FileLock(_lock(folder)):
                 if replace or not folder.exists():
                     _build(folder, build)
         except OSError as error:
@@ -84,6 +87,13 @@ def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = 
                 "Free space there, or set ALPACA_CACHE to a folder with space that you may write to."
             ) from error
     return verified(folder)
+
+
+def _lock(folder: Path) -> Path:
+    """The lock of a folder: in the cache, so that none is left beside a folder of the user's."""
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{digest_of(str(folder.resolve()))[:32]}.lock"
 
 
 def _build(folder: Path, build: Callable[[Path], Manifest]) -> None:
@@ -159,22 +169,22 @@ def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) ->
     """
     ledger = cache_folder() / "digests" / f"{digest_of(str(folder))[:32]}.json"
     try:
-        kept: dict[str, list[Any]] = json.loads(ledger.read_bytes())
-    except (OSError, ValueError):  # not there, or torn: the files are hashed again
+        kept = _LEDGER.validate_json(ledger.read_bytes())
+    except (OSError, ValidationError):  # not there, or torn: the files are hashed again
         kept = {}
-    now: dict[str, list[Any]] = {}
+    now: dict[str, tuple[int, int, str]] = {}
     for name in sorted(names):
         path = folder / name
         stat = path.stat()
         entry = kept.get(name)
-        unchanged = entry is not None and entry[:2] == [stat.st_size, stat.st_mtime_ns]
+        unchanged = entry is not None and entry[:2] == (stat.st_size, stat.st_mtime_ns)
         if entry is None or again or not unchanged:
             digest = sha256_of(path)
             if (unchanged and entry and digest != entry[2]) or not _is_named_so(path, digest):
                 raise DigestMismatch(
                     f"{path} must keep its bytes, but they have changed on the disk. Fetch or import it again."
                 )
-            entry = [stat.st_size, stat.st_mtime_ns, digest]
+            entry = stat.st_size, stat.st_mtime_ns, digest
         now[name] = entry
     if now != {name: kept.get(name) for name in now}:
         _write(ledger, {**kept, **now})

@@ -35,6 +35,15 @@ _READ = (
 )
 """Files that decide what a model answers, weights aside."""
 
+SENTENCEPIECE = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files that a ``tokenizer.json`` is converted from where there is none."""
+
 Convert = Callable[[Path, Path], None]
 """Reads what lies at the first path, and writes files into the folder at the second."""
 
@@ -77,13 +86,15 @@ class Checkpoint:
     def open_tokenizer(self) -> Tokenizer:
         """Open the tokenizer; a response ends at any token that one of the model's files says ends it."""
         path = self.tokenizer / "tokenizer.json"
-        named = self._settings("tokenizer_config.json").get("eos_token")
-        spelling = named.get("content") if isinstance(named, dict) else named
-        ends = {token["id"] for token in read_json(path).get("added_tokens", []) if token["content"] == spelling}
+        settings = self._settings("tokenizer_config.json").items()
+        spelt = {name: value.get("content") if isinstance(value, dict) else value for name, value in settings}
+        named = {name: value for name, value in spelt.items() if name.endswith("_token") and isinstance(value, str)}
+        added = read_json(path).get("added_tokens", [])
+        ends = {token["id"] for token in added if token["content"] == named.get("eos_token")}
         for name in ("config.json", "generation_config.json"):
             listed = read_json(self.folder / name).get("eos_token_id") if (self.folder / name).exists() else None
             ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
-        return Tokenizer.from_file(path, sorted(ends))
+        return Tokenizer.from_file(path, sorted(ends), named)
 
     def _settings(self, name: str) -> dict[str, Any]:
         path = self.tokenizer / name
@@ -228,7 +239,8 @@ def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Conv
     if "config.json" not in present:
         raise InvalidCheckpoint(f"a checkpoint needs config.json, but {folder} has none. Name a folder that holds one.")
     weights = _weights(folder, commit)
-    sha256 = known_digests(folder, [*weights, *present.intersection(_READ)], again=again)
+    read = {*_READ} if "tokenizer.json" in present else {*_READ, *SENTENCEPIECE}
+    sha256 = known_digests(folder, [*weights, *(present & read)], again=again)
     tokenizer = folder
     if "tokenizer.json" not in present:
         if "tokenizer.model" not in present:
@@ -236,13 +248,15 @@ def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Conv
                 f"a checkpoint needs tokenizer.json or tokenizer.model, but {folder} has neither. "
                 "Put the model's tokenizer there."
             )
-        read = {file: digest for file, digest in sha256.items() if file.startswith("tokenizer")}
+        converted = {file: digest for file, digest in sha256.items() if file in SENTENCEPIECE}
 
         def build(scratch: Path) -> Manifest:
             convert_tokenizer(folder, scratch)
-            return Manifest(source=str(folder), source_sha256=read, versions={"transformers": version("transformers")})
+            return Manifest(
+                source=str(folder), source_sha256=converted, versions={"transformers": version("transformers")}
+            )
 
-        tokenizer = cache_folder() / "tokenizers" / digest_of(read)[:32]
+        tokenizer = cache_folder() / "tokenizers" / digest_of(converted)[:32]
         prepare(tokenizer, build)
     return Checkpoint(name, folder, tuple(weights), tokenizer, sha256, commit)
 

@@ -9,7 +9,7 @@
         ├── DeviceUnavailable   the asked-for device is not on this machine
         ├── NotEnoughMemory     the weights do not fit
         ├── UnsafeCheckpoint    only a pickle is there, or code would have to be run
-        ├── InvalidCheckpoint   missing, unexpected or non-finite tensors; unreadable files
+        ├── InvalidCheckpoint   missing, unexpected or non-finite tensors; unreadable files; another family
         │   └── DigestMismatch  the bytes are not those that were prepared
         └── InvalidAdapter      made for another base, or without any effect
 
@@ -78,7 +78,7 @@ class UnsafeCheckpoint(LoadError):
 
 
 class InvalidCheckpoint(LoadError):
-    """Tensors are missing, unexpected, misshapen or not finite, or a file cannot be read."""
+    """Tensors are missing, unexpected, misshapen or not finite, a file cannot be read, or the family is another."""
 
 
 class DigestMismatch(InvalidCheckpoint):

@@ -146,7 +146,7 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
 
 def _title(text: str) -> str:
     """Begin each word with a capital; `str.title` would write ``Don'T``."""
-    return re.sub(r"[^\W\d_]+(['’][^\W\d_]+)*", lambda word: word[0].capitalize(), text)
+    return re.sub(r"[^\W\d_]+(['\u2019][^\W\d_]+)*", lambda word: word[0].capitalize(), text)
 
 
 def forms(label: Label) -> list[str]:

@@ -26,7 +26,8 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         DeviceUnavailable: If the device is not on this machine.
         NotEnoughMemory: If the weights do not fit.
         UnsafeCheckpoint: If only a pickle is there, or code would have to be run.
-        InvalidCheckpoint: If tensors are missing, unexpected, misshapen or not finite.
+        InvalidCheckpoint: If tensors are missing, unexpected, misshapen or not finite, or the model
+            is no LLaMA-like decoder.
         DigestMismatch: If bytes have changed since they were prepared.
         InvalidAdapter: If an adapter was made for another base, or changes nothing.
 

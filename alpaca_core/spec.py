@@ -22,12 +22,12 @@ class NamedAdapter(Value):
     """LoRA weights that rows may ask for by name, beside the spec's own adapter.
 
     Args:
-        name: What a row says to get it.
+        name: What a row says to get it: letters, digits, ``_`` and ``-``.
         source: Hub repository or local folder, in PEFT's format, safetensors.
         revision: Commit of the hub repository; None takes the newest, and the status names its commit.
     """
 
-    name: Annotated[str, Field(min_length=1, description="What a row says to get this adapter.")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="What a row says to get this adapter.")]
     source: Annotated[str, Field(min_length=1, description="Hub repository or local folder of the LoRA weights.")]
     revision: str | None = Field(default=None, description="Commit of the hub repository, pinned.")
 
@@ -47,7 +47,8 @@ class ModelSpec(Value):
             QLoRA, arXiv 2305.14314), or ``none``.
         dtype: Of weights and activations; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        device_map: transformers' placement over several devices, such as ``auto``; excludes `device`.
+        device_map: transformers' placement over several devices: ``auto``, ``balanced``, ``balanced_low_0`` or
+            ``sequential``; excludes `device`.
         template: ``auto`` takes what the adapter records, else the model's chat template, else Alpaca.
             ``alpaca`` ends in ``### Response:``, ``alpaca-lora`` in that and a newline; ``raw`` adds nothing.
         batch_size: Sequences computed together at most; a row with beams counts as many.
@@ -77,7 +78,7 @@ class ModelSpec(Value):
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU."
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-    device_map: str | None = Field(
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
         default=None, description="transformers' placement over several devices, such as auto."
     )
     template: TemplateName = Field(

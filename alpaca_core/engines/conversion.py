@@ -4,6 +4,9 @@ Both are checked against what they came from, since the libraries drop and chang
 """
 
 import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece
@@ -11,7 +14,7 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaTokenizer
 
-from alpaca_core.checkpoints import read_json
+from alpaca_core.checkpoints import SENTENCEPIECE, read_json
 from alpaca_core.errors import InvalidCheckpoint
 
 _PROBES = ("Einstein Ейнштейн", " two  leading\n\n\tspaces ", "日本語 🦙 é", "def f(x):\n    return x**2  # 1,024")
@@ -29,17 +32,15 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
             has no place for (such as LLaMA 3's scaled rotary frequencies, which transformers drops).
     """
     tensors = _tensor_count(gguf)
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            local_files_only=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    except Exception as error:  # a torn file fails as IndexError, KeyError, ValueError, struct.error …
-        raise InvalidCheckpoint(f"{gguf} cannot be unpacked ({error}). Fetch the file again.") from error
+    with _alone(gguf.parent, [gguf.name]) as place:
+        source = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, **source)
+        except Exception as error:  # a torn file fails as IndexError, KeyError, ValueError, struct.error …
+            raise InvalidCheckpoint(f"{gguf} cannot be unpacked ({error}). Fetch the file again.") from error
     places = len(list(network.parameters()))
     if network.config.model_type != "llama" or places != tensors:
         raise InvalidCheckpoint(
@@ -48,6 +49,16 @@ def unpack_gguf(gguf: Path, folder: Path) -> None:
         )
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _alone(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Show some files of a folder in one of their own: transformers also reads what it was not asked to."""
+    with tempfile.TemporaryDirectory() as place:
+        for name in names:
+            if (folder / name).exists():
+                (Path(place) / name).symlink_to((folder / name).resolve())
+        yield Path(place)
 
 
 def _tensor_count(gguf: Path) -> int:
@@ -68,7 +79,7 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
     sentencepiece model instead, and the result must encode some texts as sentencepiece itself does.
 
     Args:
-        source: Folder with ``tokenizer.model``, and ``tokenizer_config.json`` where there is one.
+        source: Folder with ``tokenizer.model``; of its other files, `SENTENCEPIECE` alone are read.
         folder: Gets ``tokenizer.json``, ``tokenizer_config.json`` and the chat template.
 
     Raises:
@@ -77,14 +88,16 @@ def convert_tokenizer(source: Path, folder: Path) -> None:
     settings = read_json(config) if (config := source / "tokenizer_config.json").exists() else {}
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
-        tokenizer = LlamaTokenizer.from_pretrained(
-            source,
-            bos_token=model.id_to_piece(model.bos_id()),
-            eos_token=model.id_to_piece(model.eos_id()),
-            unk_token=model.id_to_piece(model.unk_id()),
-            add_bos_token=settings.get("add_bos_token") is not False,
-            local_files_only=True,
-        )
+        with _alone(source, SENTENCEPIECE) as place:
+            tokenizer = LlamaTokenizer.from_pretrained(
+                place,
+                bos_token=model.id_to_piece(model.bos_id()),
+                eos_token=model.id_to_piece(model.eos_id()),
+                unk_token=model.id_to_piece(model.unk_id()),
+                add_bos_token=settings.get("add_bos_token") is not False,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     except Exception as error:  # sentencepiece raises RuntimeError and OSError, transformers any kind
         raise InvalidCheckpoint(f"{source / 'tokenizer.model'} cannot be read ({error}). Fetch it again.") from error
     backend = tokenizer.backend_tokenizer

@@ -21,7 +21,9 @@ _KIND = r"lora_(?:A|B|embedding_A|embedding_B)"
 
 
 def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> PeftModel:
-    """Put adapters beside a base, each under its name.
+    """Put adapters beside a base, in their order.
+
+    PEFT calls them ``adapter0``, ``adapter1`` …: a name of the user's could be that of a module's method.
 
     Args:
         network: The base; it is changed in place.
@@ -30,24 +32,28 @@ def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.d
 
     Raises:
         InvalidAdapter: If an adapter was made for another base, is not finite, or changes nothing.
+        torch.OutOfMemoryError, MemoryError: If they do not fit beside the base.
     """
     model: PeftModel | None = None
-    for adapter in adapters:
+    for place, adapter in enumerate(adapters):
+        name = f"adapter{place}"
         config = LoraConfig(**adapter.lora.settings(), task_type="CAUSAL_LM", inference_mode=True)
         try:
             if model is None:
                 with warnings.catch_warnings():
                     # PEFT reads a property that transformers has renamed
                     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                    model = PeftModel(network, config, adapter.info.name, autocast_adapter_dtype=False)
+                    model = PeftModel(network, config, name, autocast_adapter_dtype=False)
             else:
-                model.add_adapter(adapter.info.name, config)
+                model.add_adapter(name, config)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InvalidAdapter(
                 f"adapter {adapter.info.name!r} ({adapter.info.source}) does not go on this base: {error}. "
-                "It was made for another base, or its name cannot be used."
+                "It was made for another base."
             ) from error
-        _fill(model, adapter, dtype)
+        _fill(model, adapter, name, dtype)
     assert model is not None
     return model
 
@@ -58,14 +64,14 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def _fill(model: PeftModel, adapter: Adapter, dtype: torch.dtype) -> None:
+def _fill(model: PeftModel, adapter: Adapter, name: str, dtype: torch.dtype) -> None:
     """Copy an adapter's tensors to their places, and see that both sides are complete."""
     path = adapter.folder / WEIGHTS
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InvalidAdapter(f"{path} cannot be read ({error}). Fetch the adapter again.") from error
-    suffix = re.compile(rf"(\.{_KIND})\.{re.escape(adapter.info.name)}(?=\.weight$|$)")
+    suffix = re.compile(rf"(\.{_KIND})\.{name}(?=\.weight$|$)")
     places = {suffix.sub(r"\1", key): place for key, place in model.named_parameters() if suffix.search(key)}
     for key in sorted(set(places) ^ set(tensors)):
         raise _other_base(adapter, f"it {'has' if key in tensors else 'lacks'} {key}")

@@ -5,7 +5,6 @@
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -47,20 +46,34 @@ def convert_adapter(source: str, template: TemplateName | None, revision: str | 
         )
 
     folder = out or imported_folder(source, revision)
-    prepare(folder, build, replace=True)
+    prepare(folder, build, replace=out is None)
     return folder
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a torn file fails as KeyError, AttributeError, struct.error …
         first_line = str(error).strip().partition("\n")[0]
         raise UnsafeCheckpoint(
             f"a pickled adapter may hold tensors and nothing else, but {path} holds more or is torn ({first_line}). "
             "Do not open it otherwise; ask its publisher for safetensors."
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UnsafeCheckpoint(f"a pickled adapter is a dict of tensors, but {path} is something else. Check the file.")
+    if not isinstance(tensors, dict) or not all(_plain(name, tensor) for name, tensor in tensors.items()):
+        raise UnsafeCheckpoint(
+            "a pickled adapter is a dict of tensors by name, each dense and of floating-point numbers, "
+            f"but {path} is something else. Check the file."
+        )
     # safetensors holds no two tensors that share memory
-    return {str(name): tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _plain(name: object, tensor: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+    )

@@ -1,4 +1,4 @@
-"""`LanguageModel` on transformers, the default: any causal LM of the Hub's library, PEFT adapters beside it."""
+"""`LanguageModel` on transformers, the default: LLaMA-like decoders of its library, PEFT adapters beside them."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,8 @@ class TransformersModel:
     forward pass that relies on it are one step under a lock. No lock is held while a result is out.
 
     Args:
-        network: A causal LM, or the `PeftModel` around it with the adapters that `info` names.
+        network: A causal LM that attends to all it has seen, through a key-value cache; or the `PeftModel` around
+            it with the adapters that `info` names, in their order.
         tokenizer: The model's.
         info: What the model is.
         batch_size: Sequences computed together at most; a row with beams counts as many.
@@ -43,6 +44,8 @@ class TransformersModel:
         self._batch_size = batch_size
         self._network: Any = network.eval()
         self._adapted = isinstance(network, PeftModel)
+        names = network.peft_config if isinstance(network, PeftModel) else ()
+        self._peft_names = dict(zip((adapter.name for adapter in info.adapters), names, strict=False))
         self._chosen: str | None = ""  # no adapter has this name
         self._lock = Lock()
         embedding: Any = network.get_input_embeddings()
@@ -111,7 +114,7 @@ class TransformersModel:
     def _adapter(self, row: GenerateRow | ScoreRow) -> str | None:
         """The PEFT name of what the row asks for; None is the bare base."""
         found = self.info.adapter(row.adapter)
-        return found.name if found and self._adapted else None
+        return self._peft_names.get(found.name) if found else None
 
     def _forward(self, row: GenerateRow | ScoreRow) -> Forward:
         return partial(self._logits, self._adapter(row))

@@ -3,17 +3,27 @@
 `from_pretrained` gives no exception for missing tensors (it makes them up), NaN, or a wrong layer count.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from alpaca_core.adapters import Adapter, find_adapters
@@ -48,22 +58,27 @@ def load_weights(spec: ModelSpec) -> Weights:
     device = _device(spec)
     dtype = _dtype(spec, device)
     base, adapters = find(spec)
+    config = _config(base)
+    context_length = _context_length(base, config)  # refuses other families, before anything is read
     tokenizer = base.open_tokenizer()
     _check_memory(spec, base, device, dtype)
-    network: Any = _network(spec, base, device, dtype)
-    if adapters:
-        network = attach(network, adapters, dtype)
-    if spec.merge_adapter:
-        network = merge(network)
-    network.eval().requires_grad_(False)
-    quantized = spec.quantization != "none"
-    # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
-    stored = ((name, file.get_tensor(name)) for name, file in _tensors(base, device))
-    _check_finite(stored if quantized else network.named_parameters(), base, dtype)
-    config = network.config
+    try:
+        network: Any = _network(spec, base, device, dtype)
+        if adapters:
+            network = attach(network, adapters, dtype)
+        if spec.merge_adapter:
+            network = merge(network)
+        network.eval().requires_grad_(False)
+        quantized = spec.quantization != "none"
+        # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
+        stored = ((name, file.get_tensor(name)) for name, file in _tensors(base, device))
+        _check_finite(stored if quantized else network.named_parameters(), base, dtype)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))
+        raise NotEnoughMemory(f"{device} ran out of memory while it loaded {loading}. {_SMALLER}") from error
     named = {
         "base": base.digest,
-        "adapters": {adapter.info.name: adapter.info.digest for adapter in adapters},
+        "adapters": {adapter.info.name: [adapter.info.digest, adapter.info.template] for adapter in adapters},
         "quantization": spec.quantization,
         "dtype": str(dtype),
         "merge_adapter": spec.merge_adapter,
@@ -75,7 +90,7 @@ def load_weights(spec: ModelSpec) -> Weights:
         device=str(device) if spec.device_map is None else spec.device_map,
         dtype=str(dtype).removeprefix("torch."),
         quantization=spec.quantization,
-        context_length=config.max_position_embeddings,
+        context_length=context_length,
         vocab_size=config.vocab_size,
         eos_ids=tokenizer.eos_ids,
         template=spec.template,
@@ -128,7 +143,7 @@ def _check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype
     needed = bytes_needed(base, spec.quantization, dtype)
     free = 0.0
     if device.type == "cpu" or spec.device_map is not None:
-        free += psutil.virtual_memory().available
+        free += min(psutil.virtual_memory().available, container_room())
     if device.type == "cuda":
         numbers = range(torch.cuda.device_count()) if spec.device_map is not None else (device.index,)
         free += sum(torch.cuda.mem_get_info(number)[0] for number in numbers)
@@ -139,11 +154,28 @@ def _check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype
         )
 
 
+def container_room(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return what a container's limit leaves, in bytes; infinity where there is no limit.
+
+    The kernel's copies of files count as used there, but give way.
+    """
+    for folder, limit, used in (
+        (cgroups, "memory.max", "memory.current"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(numbers["active_file"]) + int(numbers["inactive_file"])
+            return int((folder / limit).read_text()) - int((folder / used).read_text()) + files
+        except (OSError, ValueError, KeyError):  # cgroups of the other version, or no number but "max"
+            continue
+    return math.inf
+
+
 _SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model, or free memory there."
 
 
 def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    _check_config(base)
     quantization = None
     if spec.quantization == "int8":
         # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
@@ -164,8 +196,8 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, which is refused below
             )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NotEnoughMemory(f"{device} ran out of memory while it loaded {base.name!r}. {_SMALLER}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:  # shapes, torn files, unknown families: transformers raises every kind
         raise InvalidCheckpoint(f"{base.folder} cannot be loaded ({error}). Fetch the model again.") from error
     network: PreTrainedModel
@@ -180,7 +212,8 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
     return network
 
 
-def _check_config(base: Checkpoint) -> None:
+def _config(base: Checkpoint) -> Any:
+    """The configuration as transformers reads it."""
     config = read_json(base.folder / "config.json")
     if "quantization_config" in config:
         raise InvalidCheckpoint(
@@ -188,7 +221,7 @@ def _check_config(base: Checkpoint) -> None:
             "Use the repository that it was made from, and quantization='int8' or 'nf4'."
         )
     try:
-        AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # every kind again
         if "auto_map" in config:
             raise UnsafeCheckpoint(
@@ -196,6 +229,42 @@ def _check_config(base: Checkpoint) -> None:
                 "Use a model whose family transformers knows."
             ) from error
         raise InvalidCheckpoint(f"{base.folder / 'config.json'} is no model's ({error}). Fetch it again.") from error
+
+
+_INPUTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _context_length(base: Checkpoint, config: Any) -> int:
+    """Return how many tokens the network may read, each of which sees all before it.
+
+    Scoring shows a token its whole path, so a sliding window ends the context; within it there is no
+    difference. LongRoPE ends where it was trained: beyond, one long row turns the frequencies of its batch.
+    """
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    inputs = set(signature(family.forward).parameters) if family else set()
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # of a family that keeps something else, by any kind of error
+        layers = []
+    if (
+        _INPUTS - inputs  # Mamba, BLOOM, T5
+        or not family._supports_sdpa  # Gemma 2, GPT-J
+        or ("encoder_hidden_states" in inputs and getattr(config, "is_decoder", None) is False)  # BERT
+        or getattr(config, "alibi", False)  # the first Falcons
+        or not layers
+        or {type(layer) for layer in layers} - _LAYERS  # Jamba, DeepSeek 3.2
+        or not (hasattr(config, "max_position_embeddings") and hasattr(config, "vocab_size"))  # one part of several
+    ):
+        raise InvalidCheckpoint(
+            "a base model is a LLaMA-like decoder, with attention in every layer, positions and a key-value cache, "
+            f"but {base.folder} is a {config.model_type}, which transformers runs otherwise. Use another model."
+        )
+    limits = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return int(min([config.max_position_embeddings, *limits]))
 
 
 def _tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]]:

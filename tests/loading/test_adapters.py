@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +34,29 @@ def test_an_adapter_s_template_is_what_lies_beside_it(make_adapter: Callable[...
     assert find_adapters(spec)[0].info.template is None
     (folder / "alpaca.json").write_text('{"template": "alpaca-lora"}')
     assert find_adapters(spec)[0].info.template == "alpaca-lora"
-    (folder / "alpaca.json").write_text('{"template": "jinja"}')
-    with pytest.raises(DigestMismatch, match=r"alpaca.json cannot be read"):
-        find_adapters(spec)
+
+
+@pytest.mark.parametrize("content", ['{"template": "jinja"}', "{", "", "[]", '{"unknown": 1}'])
+def test_a_sidecar_of_one_s_own_that_cannot_be_read_is_to_be_mended_and_not_its_folder_deleted(
+    make_adapter: Callable[..., Path], content: str
+) -> None:
+    sidecar = make_adapter() / "alpaca.json"
+    sidecar.write_text(content)
+    with pytest.raises(InvalidAdapter, match=r"Fix or remove that file") as caught:
+        find_adapters(ModelSpec(adapter=str(sidecar.parent)))
+    assert str(sidecar) in str(caught.value)
+    assert "Delete" not in str(caught.value)
+
+
+def test_an_unreadable_manifest_of_an_imported_adapter_is_to_be_deleted_with_its_folder(
+    make_pickled: Callable[..., Path],
+) -> None:
+    source = make_pickled()
+    folder = import_adapter(source)
+    (folder / "alpaca.json").write_text("{")
+    for named in (source, folder):
+        with pytest.raises(DigestMismatch, match="Delete that folder"):
+            find_adapters(ModelSpec(adapter=str(named)))
 
 
 def test_a_hub_adapter_is_read_from_its_cache(make_adapter: Callable[..., Path], publish: Callable[..., str]) -> None:
@@ -170,7 +192,9 @@ def test_a_flipped_bit_in_an_imported_adapter_is_found(make_pickled: Callable[..
 
 
 def test_an_import_may_go_to_a_new_folder_of_one_s_own(make_pickled: Callable[..., Path], tmp_path: Path) -> None:
-    out = import_adapter(make_pickled(), out=tmp_path / "out", template="raw")
+    source, before = make_pickled(), {*tmp_path.iterdir()}
+    out = import_adapter(source, out=tmp_path / "out", template="raw")
+    assert {*tmp_path.iterdir()} - before == {out, tmp_path / "cache"}
     assert find_adapters(ModelSpec(adapter=str(out)))[0].info.template == "raw"
     with pytest.raises(InvalidRequest, match="exists"):
         import_adapter(make_pickled("again"), out=out)
@@ -222,7 +246,23 @@ def test_a_pickle_s_code_never_runs(
     assert evidence.exists()
 
 
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {"a": {"b": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(1)],
+        {"a": 1},
+        {"a": {"b": torch.ones(1)}},
+        {1: torch.ones(1), "1": torch.ones(1)},
+        {"a": torch.ones(2, 2).to_sparse()},
+        {"a": torch.ones(2, 2).to_sparse_csr()},
+        {"a": torch.ones(1, device="meta")},
+        {"a": torch.ones(1, dtype=torch.int8)},
+        {"a": torch.ones(1, dtype=torch.complex64)},
+        {"a": torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8)},
+        {"a": torch.nested.nested_tensor([torch.ones(1)])},
+    ],
+    ids=lambda content: repr(content)[:40],
+)
 def test_a_pickle_of_something_else_is_refused(make_pickled: Callable[..., Path], content: object) -> None:
     source = make_pickled()
     torch.save(content, source / "adapter_model.bin")
@@ -237,6 +277,40 @@ def test_a_torn_pickle_is_refused(make_pickled: Callable[..., Path], keep: float
     file.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
     with pytest.raises(UnsafeCheckpoint, match="torn"):
         import_adapter(file)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pickle of one small LoRA pair, whose bytes are nearly all structure."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}')
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_spoilt_pickle_is_a_typed_error_or_tensors(small: Path, zipped: bool) -> None:
+    file = small / "adapter_model.bin"
+    pair = {f"q_proj.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    torch.save(pair, file, _use_new_zipfile_serialization=zipped)
+    whole, outcomes = file.read_bytes(), set()
+    chosen = random.Random(0)
+    spoilt = [whole[: chosen.randrange(len(whole))] for _ in range(100)]
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(chosen.choice([1, 1, 5])):
+            content[chosen.randrange(len(whole))] = chosen.randrange(256)
+        spoilt.append(bytes(content))
+    for content in spoilt:
+        file.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import_adapter(small)
+        except UnsafeCheckpoint:
+            outcomes.add("refused")
+        else:
+            outcomes.add("imported")
+    assert "refused" in outcomes
 
 
 def test_tensors_that_share_memory_are_imported(make_pickled: Callable[..., Path]) -> None:

@@ -86,6 +86,14 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path: Path) -> None
     assert log.read_text() == "built\n"
 
 
+def test_the_lock_of_a_folder_is_the_same_by_any_path_to_it(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    for folder in (tmp_path / "folder", tmp_path / "link" / "folder"):
+        prepare(folder, write_one, replace=True)
+    assert len(list((cache / "locks").iterdir())) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "folder", "link"}
+
+
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
     folder, log = tmp_path / "folder", tmp_path / "log"
     process = start(folder, log, 60)
@@ -106,7 +114,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_no_folder(tmp_path: Pa
 
     with pytest.raises(LoadError, match=r"No space left.*ALPACA_CACHE"):
         prepare(tmp_path / "folder", build)
-    assert [path.name for path in tmp_path.iterdir()] == [".folder.lock"]
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
 
 
 def test_an_error_of_the_build_comes_through_and_leaves_no_folder(tmp_path: Path) -> None:
@@ -200,9 +208,13 @@ def test_a_torn_ledger_costs_a_hash_and_no_more(tmp_path: Path, cache: Path) -> 
     (tmp_path / "weights").write_text("weights")
     first = known_digests(tmp_path, ["weights"])
     (ledger,) = (cache / "digests").iterdir()
-    ledger.write_text(ledger.read_text()[:-5])
-    assert known_digests(tmp_path, ["weights"]) == first
-    assert set(json.loads(ledger.read_text())) == {"weights"}
+    whole = json.loads(ledger.read_text())
+    torn = [ledger.read_text()[:-5], "[]", "7", "null", '{"x": 1}', "\udcff"]
+    entries = ["foo", [], None, whole["weights"][:2], [*whole["weights"][:2], "foo"], [*whole["weights"][:2], 7]]
+    for content in [*torn, *(json.dumps({"weights": entry}) for entry in entries)]:
+        ledger.write_bytes(content.encode(errors="surrogateescape"))
+        assert known_digests(tmp_path, ["weights"]) == first
+        assert json.loads(ledger.read_text()) == whole
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from alpaca_core import load_model
 from alpaca_core.checkpoints import EMBEDDED_SHA256, Checkpoint, fetch, find_base
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
+from alpaca_core.prompts import template_of
 from alpaca_core.spec import ModelSpec
 
 
@@ -214,6 +217,20 @@ def test_a_response_ends_at_every_token_that_a_file_names(
     ):
         (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | {key: value}))
     assert find(base).open_tokenizer().eos_ids == expected
+
+
+@pytest.mark.parametrize("eos_token", ["</s>", {"content": "</s>", "__type": "AddedToken"}], ids=type)
+def test_a_chat_prompt_is_that_of_transformers_where_several_tokens_end_a_response(base: Path, eos_token: Any) -> None:
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    settings = {"bos_token": "<s>", "eos_token": eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    published = AutoTokenizer.from_pretrained(base)
+    with load_model(ModelSpec(base_model=str(base))) as model:
+        assert model.info.eos_ids == (0, 2)
+        asked = [{"role": "user", "content": "ab a"}]
+        expected = published.apply_chat_template(asked, tokenize=True, return_dict=False)
+        assert list(template_of(model, "chat").encode("ab a").ids) == expected
 
 
 def test_the_chat_template_is_the_file_s_else_the_configuration_s_else_none(base: Path) -> None:

@@ -1,6 +1,7 @@
 """GGUF files and sentencepiece models become what they were made from."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoModelForCausalLM
 
+from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.errors import InvalidCheckpoint
+from alpaca_core.spec import ModelSpec
 from alpaca_core.tokenizer import Tokenizer
 
 proto: Any = sentencepiece_model_pb2  # filled when it is imported, so a type checker sees nothing in it
@@ -51,6 +54,34 @@ def test_a_gguf_file_s_tokenizer_and_chat_template_come_along(
         assert found.encode(text) == expected.encode(text)
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_what_lies_beside_a_gguf_file_has_no_say(make_gguf: Callable[..., Path], tmp_path: Path) -> None:
+    file, evidence = make_gguf(), tmp_path / "evidence"
+    unpack_gguf(file, tmp_path / "alone")
+    code = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    beside = {
+        "config.json": json.dumps({"model_type": "own", "hidden_size": 7, "auto_map": code}),
+        "tokenizer_config.json": json.dumps({"eos_token": "<s>", "tokenizer_class": "Own", "auto_map": code}),
+        "generation_config.json": '{"eos_token_id": 77}',
+        "special_tokens_map.json": '{"eos_token": "<unk>"}',
+        "added_tokens.json": '{"added": 260}',
+        "chat_template.jinja": "beside",
+        "own.py": f"import os; os.mkdir({str(evidence)!r})",
+        "adapter_config.json": "{}",
+    }
+    for name, content in beside.items():
+        (tmp_path / name).write_text(content)
+    link = tmp_path / "elsewhere" / "link.gguf"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    for place, path in (("among", file), ("linked", link)):
+        unpack_gguf(path, tmp_path / place)
+        written = {path.name for path in (tmp_path / place).iterdir()}
+        assert written == {path.name for path in (tmp_path / "alone").iterdir()}
+        for name in written:
+            assert (tmp_path / place / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    assert not evidence.exists()
 
 
 def test_a_tensor_that_has_no_place_is_refused(make_gguf: Callable[..., Path], tmp_path: Path) -> None:
@@ -125,6 +156,33 @@ def test_a_tokenizer_that_wants_no_bos_gets_none(sentencepiece: Path, tmp_path: 
     convert_tokenizer(sentencepiece, tmp_path / "out")
     assert Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").prefix_ids == ()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
+
+
+def test_every_file_that_a_tokenizer_is_converted_from_counts(sentencepiece: Path, tiny: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, sentencepiece)
+    vocab = SentencePieceProcessor(model_file=str(sentencepiece / "tokenizer.model")).vocab_size()
+
+    def variant(name: str, content: str) -> Checkpoint:
+        folder = Path(shutil.copytree(sentencepiece, tmp_path / f"{name} {content}"))
+        (folder / name).write_text(content)
+        return find_base(ModelSpec(base_model=str(folder)), unpack_gguf, convert_tokenizer)
+
+    found = [
+        variant("README.md", ""),
+        variant("chat_template.jinja", "one"),
+        variant("chat_template.jinja", "two"),
+        variant("added_tokens.json", json.dumps({"<added>": vocab})),
+        variant("special_tokens_map.json", '{"pad_token": "<pad>"}'),
+    ]
+    assert [base.chat_template for base in found] == [None, "one", "two", None, None]
+    added = [
+        {token["content"] for token in read_json(base.tokenizer / "tokenizer.json")["added_tokens"]} for base in found
+    ]
+    assert [names - added[0] for names in added] == [set(), set(), set(), {"<added>"}, {"<pad>"}]
+    assert len({base.digest for base in found}) == len({base.tokenizer for base in found}) == len(found)
+    again = variant("unknown.json", '{"eos_token": "a"}')
+    assert (again.digest, again.tokenizer) == (found[0].digest, found[0].tokenizer)
 
 
 def test_a_model_of_another_kind_is_refused(sentencepiece: Path, tmp_path: Path) -> None:

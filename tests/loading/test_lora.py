@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from alpaca_core.engines.weights import Weights, load_weights
-from alpaca_core.errors import InvalidAdapter
-from alpaca_core.loading import import_adapter
+from alpaca_core.errors import InvalidAdapter, NotEnoughMemory
+from alpaca_core.loading import import_adapter, load_model
+from alpaca_core.model import ScoreRow, Trie
 from alpaca_core.spec import ModelSpec
 
 IDS = [1, 9, 40, 41, 100, 7]
@@ -60,20 +63,23 @@ def test_an_adapted_network_is_the_sum_by_definition(
 def test_several_adapters_stay_apart_and_the_base_stays_whole(
     tiny: Path, make_adapter: Callable[..., Path], logits: Logits
 ) -> None:
-    # names that are parts of one another, and of PEFT's own keys
+    # names that are parts of one another, of PEFT's own keys and names, of modules and of their methods
+    names = ["default", "a", "lora", "q_proj", "lora_A", "weight", "base_layer", "keys", "training", "adapter0", "0-_"]
+    changes: list[dict[str, Any]] = [{}, {"r": 8, "target_modules": ["gate_proj"]}]
     folders = {
-        "default": make_adapter("one"),
-        "a": make_adapter("two", seed=2, r=8, target_modules=["gate_proj"]),
-        "lora": make_adapter("three", seed=3),
-        "q_proj": make_adapter("four", seed=4),
+        name: make_adapter(f"folder{place}", seed=place, **changes[place % 2]) for place, name in enumerate(names)
     }
     named = [{"name": name, "source": str(folder)} for name, folder in folders.items() if name != "default"]
-    network: Any = load(tiny, adapter=str(folders["default"]), adapters=named).network
-    for name, folder in folders.items():
-        network.set_adapter(name)
-        torch.testing.assert_close(logits(network, IDS), logits(by_hand(tiny, folder), IDS), atol=1e-4, rtol=1e-4)
-    with network.disable_adapter():
-        assert torch.equal(logits(network, IDS), logits(load(tiny).network, IDS))
+    spec = ModelSpec(base_model=str(tiny), device="cpu", adapter=str(folders["default"]), adapters=named)  # type: ignore[arg-type]
+    row = ScoreRow(tuple(IDS), Trie.of([[token] for token in range(260)])[0])
+    rows = [replace(row, adapter=name) for name in [*names, None]]
+    with load_model(spec) as model:
+        found = dict(model.loglikelihood(rows))
+    for place, folder in enumerate(folders.values()):
+        expected = logits(by_hand(tiny, folder), IDS)[-1].log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(found[place]), expected, atol=1e-4, rtol=1e-4)
+    bare = logits(load(tiny).network, IDS)[-1].log_softmax(-1)
+    torch.testing.assert_close(torch.tensor(found[len(names)]), bare, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +181,25 @@ def test_a_torn_adapter_is_refused(tiny: Path, make_adapter: Callable[..., Path]
         load(tiny, adapter=str(weights.parent))
 
 
-@pytest.mark.parametrize("name", ["with.dot", "keys"])
-def test_a_name_that_peft_cannot_use_is_refused(tiny: Path, make_adapter: Callable[..., Path], name: str) -> None:
-    with pytest.raises(InvalidAdapter, match="name"):
-        load(tiny, adapters=[{"name": name, "source": str(make_adapter())}])
+@pytest.mark.parametrize("name", ["with.dot", "with blank", "", "line\n", "ä", "a/b"])
+def test_a_name_is_letters_digits_and_dashes(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        ModelSpec.model_validate({"adapters": [{"name": name, "source": "x"}]})
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize("step", ["peft.tuners.lora.layer.LoraLayer.update_layer", "torch.Tensor.to"])
+def test_an_adapter_that_does_not_fit_the_memory_is_said_to(
+    tiny: Path, make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    folder = make_adapter()
+    whole = torch.Tensor.to
+
+    def fail(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tensor, torch.Tensor) and tensor.shape != (64, 4):
+            return whole(tensor, *args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(NotEnoughMemory, match=rf"cpu ran out of memory.* and '{folder}'.*quantization='int8'"):
+        load(tiny, adapter=str(folder))

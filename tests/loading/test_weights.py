@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
-from alpaca_core.engines.weights import Weights, bytes_needed, find, load_weights
+from alpaca_core.engines.weights import Weights, bytes_needed, container_room, find, load_weights
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.spec import ModelSpec
 
@@ -73,6 +75,11 @@ def test_the_digest_covers_all_that_can_change_a_result(
         {"adapters": named[:1]},
     ]
     digests = [load(tiny, **recipe).info.digest for recipe in recipes]
+    for template in ("alpaca", "alpaca-lora"):
+        (Path(one) / "alpaca.json").write_text(json.dumps({"template": template}))
+        recipes.append({"adapter": one})
+        digests.append(load(tiny, adapter=one).info.digest)
+    (Path(one) / "alpaca.json").unlink()
     assert len(set(digests)) == len(recipes)
     assert load(base, dtype="float32", template="raw", batch_size=1).info.digest == digests[0]
     assert load(tiny, adapters=named[::-1]).info.digest == digests[7]
@@ -179,7 +186,7 @@ def test_a_repository_s_own_code_is_never_run(base: Path, tmp_path: Path) -> Non
     [
         ({"model_type": "another"}, "no model's"),
         ({"hidden_size": "wide"}, "no model's"),
-        ({"model_type": "t5"}, "cannot be loaded|no model's"),
+        ({"model_type": "t5"}, "LLaMA-like"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
     ],
 )
@@ -213,9 +220,10 @@ def test_auto_is_float32_on_a_cpu_and_bfloat16_on_a_gpu(tiny: Path) -> None:
     assert (info.device, info.dtype) == expected
 
 
-def test_a_device_map_places_the_model(tiny: Path, logits: Callable[..., torch.Tensor]) -> None:
-    loaded = load(tiny, device="auto", device_map="auto", dtype="float32")
-    assert loaded.info.device == "auto"
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
+def test_a_device_map_places_the_model(tiny: Path, logits: Callable[..., torch.Tensor], device_map: str) -> None:
+    loaded = load(tiny, device="auto", device_map=device_map, dtype="float32")
+    assert loaded.info.device == device_map
     if not torch.cuda.is_available():
         assert torch.equal(logits(loaded.network, IDS), logits(load(tiny).network, IDS))
 
@@ -227,6 +235,39 @@ def test_the_memory_that_is_needed_is_known_before(tiny: Path, quantization: str
     needed = bytes_needed(find(spec)[0], quantization, getattr(torch, dtype))
     held = load_weights(spec).info.memory_gib * 2**30
     assert needed == pytest.approx(held, rel=0.001 if quantization == "none" else 0.1)
+
+
+def test_a_device_map_that_transformers_does_not_know_is_refused_at_once() -> None:
+    with pytest.raises(ValidationError, match="device_map"):
+        ModelSpec.model_validate({"device_map": "cuda"})
+
+
+STAT = "anon 5\nactive_file 30\ninactive_file 20\nshmem 7\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "room"),
+    [
+        ({}, math.inf),
+        ({"memory.max": "1000\n", "memory.current": "800\n", "memory.stat": STAT}, 250),
+        ({"memory.max": "max\n", "memory.current": "800\n", "memory.stat": STAT}, math.inf),
+        ({"memory.max": "1000\n", "memory.current": "800\n"}, math.inf),
+        ({"memory/memory.limit_in_bytes": "1000\n", "memory/memory.usage_in_bytes": "900\n",
+          "memory/memory.stat": f"cache 50\n{STAT}"}, 150),
+    ],
+    ids=["none", "version 2", "no limit", "not told", "version 1"],
+)  # fmt: skip
+def test_a_container_s_limit_is_read(tmp_path: Path, files: dict[str, str], room: float) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert container_room(tmp_path) == room
+
+
+def test_a_container_s_limit_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alpaca_core.engines.weights.container_room", lambda: 2**18)
+    with pytest.raises(NotEnoughMemory, match=r"0.0 GiB free"):
+        load(tiny)
 
 
 def test_too_little_memory_is_said_before_loading(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
