@@ -119,16 +119,13 @@ def attempt(
 ) -> list[Answer | RowError]:
     """Run the chain on any steps; `answer` says what the arguments mean."""
     check_rows("questions", questions)
-    if not isinstance(min_p_correct, int | float) or not 0.0 <= min_p_correct <= 1.0:
-        raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct!r:.80}. Use 0.5.")
-    for name, value in (("max_attempts", max_attempts), ("conclusion_tokens", conclusion_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidRequest(f"{name} is a whole number, at least 1, but got {value!r:.80}. Raise it.")
-    if max_attempts > 1 and (sampling.temperature == 0 or not verify):
-        raise InvalidRequest(
-            f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "
-            "attempt would be the first again, or none be chosen. Set both, or max_attempts=1."
-        )
+    check_attempts(
+        sampling,
+        conclusion_tokens=conclusion_tokens,
+        verify=verify,
+        max_attempts=max_attempts,
+        min_p_correct=min_p_correct,
+    )
     results: dict[int, Answer | RowError] = {}
     pending = list(range(len(questions)))
     share = 1 / max_attempts
@@ -153,6 +150,26 @@ def attempt(
         if not pending:
             break
     return [results[place] for place in range(len(questions))]
+
+
+def check_attempts(
+    sampling: Sampling, *, conclusion_tokens: int, verify: bool, max_attempts: int, min_p_correct: float
+) -> None:
+    """Refuse settings of `answer` that are out of range, or would have no effect.
+
+    Raises:
+        InvalidRequest: With the setting's name.
+    """
+    if not isinstance(min_p_correct, int | float) or not 0.0 <= min_p_correct <= 1.0:
+        raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct!r:.80}. Use 0.5.")
+    for name, value in (("max_attempts", max_attempts), ("conclusion_tokens", conclusion_tokens)):
+        if not isinstance(value, int) or value < 1:
+            raise InvalidRequest(f"{name} is a whole number, at least 1, but got {value!r:.80}. Raise it.")
+    if max_attempts > 1 and (sampling.temperature == 0 or not verify):
+        raise InvalidRequest(
+            f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "
+            "attempt would be the first again, or none be chosen. Set both, or max_attempts=1."
+        )
 
 
 def _attempt_once(

@@ -69,7 +69,8 @@ class ModelInfo(Value):
     """What a loaded model is, in JSON.
 
     `digest` covers everything that can change a result, versions of libraries aside: base weights,
-    tokenizer, adapters and their templates, quantization, dtype, merging. `memory_gib` is what the weights take on their device, in GiB; `load_seconds` the load.
+    tokenizer, adapters and their templates, quantization, dtype, merging. `memory_gib` is what the
+    weights take on their device, in GiB; `load_seconds` the load.
     `rows_independent` says whether a row's result is the same in any company, bit for bit.
     """
 

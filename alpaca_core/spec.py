@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from alpaca_core.errors import InvalidRequest
 
@@ -18,6 +18,10 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Unset = BeforeValidator(lambda value: None if value == "" else value)
+"""A form sends an emptied field as an empty text, which means none."""
+
+
 class NamedAdapter(Value):
     """LoRA weights that rows may ask for by name, beside the spec's own adapter.
 
@@ -29,7 +33,7 @@ class NamedAdapter(Value):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="What a row says to get this adapter.")]
     source: Annotated[str, Field(min_length=1, description="Hub repository or local folder of the LoRA weights.")]
-    revision: str | None = Field(default=None, description="Commit of the hub repository, pinned.")
+    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
 
 
 class ModelSpec(Value):
@@ -68,9 +72,13 @@ class ModelSpec(Value):
         min_length=1,
         description="Hub repository (owner/name), local folder, .gguf file, or smollm2-135m-instruct (embedded).",
     )
-    revision: str | None = Field(default=None, description="Commit of the hub repository, pinned.")
-    adapter: str | None = Field(default=None, description="LoRA weights: hub repository or local folder.")
-    adapter_revision: str | None = Field(default=None, description="Commit of the adapter's hub repository, pinned.")
+    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
+    adapter: Annotated[str | None, Unset] = Field(
+        default=None, description="LoRA weights: hub repository or local folder."
+    )
+    adapter_revision: Annotated[str | None, Unset] = Field(
+        default=None, description="Commit of the adapter's hub repository, pinned."
+    )
     adapters: tuple[NamedAdapter, ...] = Field(default=(), description="More LoRA weights, which rows name.")
     merge_adapter: bool = Field(default=False, description="Add the adapter into the base weights.")
     quantization: Literal["none", "int8", "nf4"] = Field(default="none", description="bitsandbytes quantization.")
@@ -78,7 +86,7 @@ class ModelSpec(Value):
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU."
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+    device_map: Annotated[Literal["auto", "balanced", "balanced_low_0", "sequential"] | None, Unset] = Field(
         default=None, description="transformers' placement over several devices, such as auto."
     )
     template: TemplateName = Field(

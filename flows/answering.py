@@ -1,14 +1,14 @@
 """The flow `answer-question`: reason, conclude, verify, try again; the core's `answer` as a chain of tasks."""
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sampling, Verification
-from alpaca_core.answering import Steps, attempt
+from alpaca_core.answering import Steps, attempt, check_attempts
 from alpaca_core.spec import Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections
@@ -53,6 +53,13 @@ def answer_question(
     Raises:
         AlpacaError: If every question failed, or a setting would have no effect.
     """
+    settings: dict[str, Any] = {
+        "conclusion_tokens": conclusion_tokens,
+        "verify": verify,
+        "max_attempts": max_attempts,
+        "min_p_correct": min_p_correct,
+    }
+    check_attempts(sampling, **settings)  # before a model is loaded
     status = tasks.load_model(model)
     answers = attempt(
         Steps(
@@ -62,11 +69,8 @@ def answer_question(
         ),
         questions,
         sampling,
-        conclusion_tokens=conclusion_tokens,
         reason=reason,
-        verify=verify,
-        max_attempts=max_attempts,
-        min_p_correct=min_p_correct,
+        **settings,
     )
     rows = list(zip(questions, answers, strict=True))
     leave(

@@ -8,7 +8,8 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from alpaca_core import Completion, Judgment, ModelSpec, RowError, Sampling
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.rows import map_rows
 from alpaca_core.spec import Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.options import label_name, label_of
@@ -72,6 +73,11 @@ def generate_and_judge(
     names = [label_name(label) for label in choices]
     if wanted not in names:
         raise InvalidRequest(f"wanted is one of the labels {names}, but got {wanted!r}. Name one of them.")
+    if not instruction.strip():
+        raise InvalidRequest(
+            f"instruction is the judge's question about each candidate, but got {instruction!r:.80}. "
+            f"Ask something to which good candidates get {wanted!r}."
+        )
     if candidates > 1 and sampling.temperature == 0:
         raise InvalidRequest(
             f"candidates={candidates} at temperature 0 are all the same. Set a temperature above 0, or candidates=1."
@@ -82,9 +88,9 @@ def generate_and_judge(
         Completion,
         tasks.generate(model, [prompt for prompt, _ in rows], sampling, sample_indices=[index for _, index in rows]),
     )
-    texts = [row if isinstance(row, RowError) else row.text for row in generated]
+    texts = map_rows(_said, generated)
     judged = tasks.values(Judgment, tasks.judge(model, texts, choices, instruction=instruction))
-    found = [row if isinstance(row, RowError) else _candidate(row, wanted) for row in judged]
+    found = map_rows(lambda judgment: _candidate(judgment, wanted), judged)
     picked = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
     leave(
         "generate-and-judge",
@@ -97,6 +103,16 @@ def generate_and_judge(
         picked,
     )
     return [choice.model_dump(mode="json") for choice in picked]
+
+
+def _said(completion: Completion) -> str:
+    if not completion.text.strip():
+        raise RowRejected(
+            "empty_text",
+            f"a candidate has words, but the model generated nothing visible: {completion.text!r:.80}. "
+            "Another seed or a higher temperature may help.",
+        )
+    return completion.text
 
 
 def _candidate(judgment: Judgment, wanted: str) -> Candidate:

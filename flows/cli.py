@@ -1,12 +1,14 @@
 """The command line `alpaca`: the core's verbs for a terminal.
 
-Exit codes: 0 all is well, 1 a row failed (the others are still printed), 2 the call or the model is wrong.
+Exit codes: 0 all is well, 1 a row failed (the others are still printed) or nobody reads on, 2 the call or the model is
+wrong.
 With ``--json`` standard output holds one JSON object a row and nothing else; progress is on standard error.
 """
 
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -17,9 +19,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 from rich.console import Console, RenderableType
-from tqdm import tqdm
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from alpaca_core import (
+    Label,
     LanguageModel,
     RowError,
     Token,
@@ -31,12 +35,13 @@ from alpaca_core import (
     next_tokens,
     show_tokens,
 )
-from alpaca_core.errors import AlpacaError
+from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.loading import import_adapter
 from alpaca_core.rows import Progress, map_rows
 from alpaca_core.spec import YES_NO, TemplateName, Value
 from prefect_alpaca.flows import terminal
+from prefect_alpaca.flows.doctor import Check, examine
 from prefect_alpaca.flows.options import (
     Parser,
     label_of,
@@ -70,8 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
-    except (AlpacaError, ValidationError) as error:
+        code = run(options)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # as in `alpaca … | head -1`; what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (AlpacaError, ValidationError, OSError) as error:
         print(f"alpaca: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -105,7 +115,7 @@ def _parser() -> Parser:
 
     add = command("judge", "TEXT ...", _judge, "judge each text by the model's logits", rows, model)
     about = "a choice, and other words that mean it; once for each (default: Yes=y,true and No=n,false)"
-    add("--label", dest="labels", action="append", metavar="NAME[=ALIAS,...]", help=about)
+    add("--label", dest="labels", action="append", type=_label, metavar="NAME[=ALIAS,...]", help=about)
     add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
     add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
     add("--min-coverage", type=float, default=0.0, metavar="P", help="give no label below this coverage (default 0)")
@@ -130,10 +140,17 @@ def _parser() -> Parser:
     return parser
 
 
+def _label(text: str) -> str | Label:
+    try:
+        return label_of(text)
+    except InvalidRequest as error:  # with it argparse names the option
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _generate(options: argparse.Namespace) -> int:
     texts, sampling = texts_of(options.texts), sampling_of(options)
     inputs = None if options.input is None else [options.input] * len(texts)
-    with _model(options) as model, _progress(len(texts)) as progress:
+    with _model(options) as model, _progress("generate", len(texts)) as progress:
         rows = generate(model, texts, sampling, inputs=inputs, progress=progress)
     return _print(
         options,
@@ -146,7 +163,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _answer(options: argparse.Namespace) -> int:
     texts, sampling = texts_of(options.texts), sampling_of(options)
-    with _model(options) as model, _progress(len(texts)) as progress:
+    with _model(options) as model, _progress("answer", len(texts)) as progress:
         rows = answer(
             model,
             texts,
@@ -165,8 +182,8 @@ def _answer(options: argparse.Namespace) -> int:
 
 def _judge(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
-    labels = [label_of(label) for label in options.labels] if options.labels else YES_NO
-    with _model(options) as model, _progress(len(texts)) as progress:
+    labels = options.labels or YES_NO
+    with _model(options) as model, _progress("judge", len(texts)) as progress:
         rows = judge(
             model,
             texts,
@@ -200,43 +217,56 @@ def _tokens(options: argparse.Namespace) -> int:
 
 
 def _import_adapter(options: argparse.Namespace) -> int:
-    with redirect_stdout(sys.stderr):
+    with _quiet(f"Converting {options.source} …"):
         folder = import_adapter(options.source, template=options.template, revision=options.revision, out=options.out)
     if options.json:
-        print(json.dumps({"source": options.source, "folder": str(folder)}, ensure_ascii=False))
+        _print_json({"source": options.source, "folder": str(folder)})
     else:
         print(f"{options.source} lies converted in {folder}, where the loader finds it by its name.")
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from prefect_alpaca.flows.doctor import examine
-
     healthy = True
-    for check in examine(spec_of(options), verify=options.verify):
+    checks = examine(spec_of(options), verify=options.verify)
+    while check := _next(checks):
         healthy = healthy and check.state != "broken"
         if options.json:
-            print(json.dumps(asdict(check), ensure_ascii=False), flush=True)
+            _print_json(asdict(check))
         else:
             terminal.console.print(terminal.check_view(check.name, check.state, check.found, check.remedy))
     return 0 if healthy else 1
 
 
+def _next(checks: Iterator[Check]) -> Check | None:
+    with _quiet("Looking …"):
+        return next(checks, None)
+
+
+@contextmanager
+def _quiet(doing: str) -> Iterator[None]:
+    """Say on standard error, in a terminal, what takes so long, and keep libraries off standard output."""
+    with redirect_stdout(sys.stderr), Console(stderr=True).status(terminal.text(doing)):
+        yield
+
+
 @contextmanager
 def _model(options: argparse.Namespace) -> Iterator[LanguageModel]:
-    """Load the model, with a word on standard error while that takes, and keep libraries off standard output."""
+    """Load the model, and keep libraries off standard output as long as it is there."""
     spec = spec_of(options)
     with redirect_stdout(sys.stderr), ExitStack() as stack:
-        with Console(stderr=True).status(f"Loading {spec.base_model} …"):
+        with _quiet(f"Loading {spec.base_model} …"):
             model = stack.enter_context(load_model(spec))
         yield model
 
 
 @contextmanager
-def _progress(rows: int) -> Iterator[Progress]:
-    """Draw a progress bar in a terminal, once the work has taken a second."""
-    with tqdm(total=rows, unit="row", delay=1, disable=None, leave=False, file=sys.stderr) as bar:
-        yield bar.update
+def _progress(verb: str, rows: int) -> Iterator[Progress]:
+    """Draw a progress bar on standard error where that is a terminal, and wipe it at the end."""
+    console, columns = Console(stderr=True), (SpinnerColumn(), *Bar.get_default_columns(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=rows)
+        yield lambda finished: bar.advance(task, finished)
 
 
 def _print(
@@ -245,10 +275,18 @@ def _print(
     """Print the rows as JSON Lines, or as they look in a terminal, and return the exit code."""
     if options.json:
         for row in rows:
-            print(json.dumps(row.model_dump(mode="json"), ensure_ascii=False))
+            _print_json(row.model_dump(mode="json"))
     else:
         terminal.console.print(*views(), sep="\n")
     return 1 if any(isinstance(row, RowError) for row in rows) else 0
+
+
+def _print_json(value: object) -> None:
+    """Print JSON that is one line in every locale: letters as themselves where standard output is UTF-8."""
+    line, encoding = json.dumps(value, ensure_ascii=False), getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf8 = line.encode(encoding, "replace") == line.encode("utf-8", "surrogatepass")
+    is_line = len(line.splitlines()) == 1  # U+2028 and its like end a line for some readers
+    print(line if is_utf8 and is_line else json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

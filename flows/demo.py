@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from importlib import import_module
@@ -10,6 +11,7 @@ from pathlib import Path
 
 # Before Prefect reads them: `Steps` shows what is worth reading of its logs, and nothing is reported to anybody.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")  # the model is loaded before any flow
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
@@ -17,6 +19,7 @@ from prefect.settings import PREFECT_API_URL
 from rich.rule import Rule
 
 from alpaca_core import Answer, Judgment, ModelSpec, Sampling
+from alpaca_core.errors import AlpacaError
 from prefect_alpaca import tasks
 from prefect_alpaca.flows import answer_question, judge_texts
 from prefect_alpaca.flows.terminal import answer_view, console, judgments_view, text
@@ -51,20 +54,20 @@ def main() -> None:
     headlines = _column(EXAMPLES / "headlines.jsonl", "text")
     api = PREFECT_API_URL.value() or "a Prefect server of its own, for as long as it runs"
     console.print(text(f"{model.base_model} as Prefect flows, on {api}", "bold"))
-    logging.getLogger("prefect.task_runs").addHandler(Steps())
     # torch takes seconds to import, and so does Prefect's server to start, in a process of its own: both at once.
     threading.Thread(target=import_module, args=("alpaca_core.engines.transformers",), daemon=True).start()
+    with console.status("Loading (the first time the model is unpacked, which takes half a minute) …"):
+        tasks.load_model(model)
+    logging.getLogger("prefect.task_runs").addHandler(Steps())
 
     console.print(Rule(f"answer-question: {len(questions)} questions"))
-    with console.status("Answering (the first time the model is unpacked, which takes half a minute) …"):
-        answers = answer_question(questions, sampling=Sampling(max_new_tokens=128), model=model)
+    answers = answer_question(questions, sampling=Sampling(max_new_tokens=128), model=model)
     console.print()
     for question, answer in zip(questions, tasks.values(Answer, answers), strict=True):
         console.print(answer_view(question, answer))
 
     console.print(Rule(f"judge-texts: {len(headlines)} headlines"))
-    with console.status("Judging …"):
-        judgments = judge_texts(headlines, LABELS, INSTRUCTION, show_labels=False, model=model)
+    judgments = judge_texts(headlines, LABELS, INSTRUCTION, show_labels=False, model=model)
     console.print()
     console.print(judgments_view(headlines, tasks.values(Judgment, judgments)))
 
@@ -79,4 +82,7 @@ def _column(path: Path, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AlpacaError as error:
+        sys.exit(f"demo: {error}")

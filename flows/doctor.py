@@ -3,7 +3,7 @@
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Literal
@@ -38,14 +38,28 @@ def examine(spec: ModelSpec, *, verify: bool = False) -> Iterator[Check]:
         spec: The model that is loaded and asked a question.
         verify: Hash all of its files again before that.
     """
-    yield _python()
-    yield _libraries()
-    yield _machine()
-    yield _gpu()
+    yield _look("python", _python)
+    yield _look("libraries", _libraries)
+    yield _look("machine", _machine)
+    yield _look("gpu", _gpu, "Install torch again, in a build that fits this machine's driver.")
     if verify:
-        yield _files(spec)
-    yield _model(spec)
+        yield _look("files", lambda: _files(spec))
+    yield _look("model", lambda: _model(spec))
     yield from _prefect()
+
+
+def _look(name: str, check: Callable[[], Check], remedy: str = "Report it, if that does not say what to do.") -> Check:
+    """Check one thing; whatever is raised becomes what was found, for a doctor does not break down."""
+    try:
+        return check()
+    except AlpacaError as error:  # whose messages hold their remedy
+        return Check(name, "broken", str(error))
+    except Exception as error:
+        return Check(name, "broken", _told(error), remedy)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _python() -> Check:
@@ -86,10 +100,8 @@ def _machine() -> Check:
 
 
 def _gpu() -> Check:
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a library that torch links to is missing
-        return Check("gpu", "broken", f"torch cannot be imported: {error}", "Install torch again.")
+    import torch
+
     if not torch.cuda.is_available():
         return Check("gpu", "note", "none that torch sees, so models run on the CPU")
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -97,20 +109,14 @@ def _gpu() -> Check:
 
 
 def _files(spec: ModelSpec) -> Check:
-    try:
-        digests = verify_checkpoint(spec)
-    except AlpacaError as error:
-        return Check("files", "broken", str(error))
+    digests = verify_checkpoint(spec)
     return Check("files", "ok", ", ".join(f"{name} is {digest[:12]}" for name, digest in digests.items()))
 
 
 def _model(spec: ModelSpec) -> Check:
-    try:
-        with load_model(spec) as model:
-            row = judge(model, ["Is this a question?"])[0]
-            info = model.info
-    except AlpacaError as error:
-        return Check("model", "broken", str(error))
+    with load_model(spec) as model:
+        row = judge(model, ["Is this a question?"])[0]
+        info = model.info
     loaded = f"{info.name} on {info.device}, {info.memory_gib:.2f} GiB, loaded in {info.load_seconds:.1f} s"
     if not isinstance(row, Judgment):
         return Check("model", "broken", f"{loaded}, but {row.message}")
@@ -118,27 +124,42 @@ def _model(spec: ModelSpec) -> Check:
 
 
 def _prefect() -> Iterator[Check]:
-    from httpx import HTTPError
+    api = _look("prefect api", _api, "Correct Prefect's settings: PREFECT_… variables, or ~/.prefect/profiles.toml.")
+    yield api
+    if api.state == "ok":
+        yield _look("work pool", _work_pool, "Look into the server's log.")
+
+
+def _api() -> Check:
     from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
     if not url:
         remedy = "Run `prefect server start` and `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`."
-        yield Check("prefect api", "note", "none is configured: each process starts its own, for a while", remedy)
-        return
-    with get_client(sync_client=True) as client:
-        if problem := client.api_healthcheck():
-            remedy = "Start it (`prefect server start`), or `prefect config unset PREFECT_API_URL`."
-            yield Check("prefect api", "broken", f"{url} does not answer: {problem}", remedy)
-            return
-        yield Check("prefect api", "ok", f"{url}, version {client.api_version()}")
-        try:
+        return Check("prefect api", "note", "none is configured: each process starts its own, for a while", remedy)
+    remedy = "Run `prefect server start`, correct PREFECT_API_URL, which ends in /api, or `prefect config unset` it."
+    try:
+        with get_client(sync_client=True) as client:
+            answered: object = client.api_version()
+        if not isinstance(answered, str):
+            raise ValueError(f"a version is a text, but that service says {answered!r:.80}")
+    except Exception as error:
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code in (401, 403):
+            remedy = "Set PREFECT_API_AUTH_STRING as that server has it, or PREFECT_API_KEY for Prefect Cloud."
+        return Check("prefect api", "broken", f"{url} does not answer as Prefect's API: {_told(error)}", remedy)
+    return Check("prefect api", "ok", f"{url}, version {answered}")
+
+
+def _work_pool() -> Check:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        with get_client(sync_client=True) as client:
             pool = client.read_work_pool(_POOL)
-            yield Check("work pool", "ok", f"{pool.name}, of type {pool.type}")
-        except ObjectNotFound:
-            remedy = f"Run `prefect work-pool create {_POOL} --type process` before you deploy."
-            yield Check("work pool", "note", f"{_POOL!r} does not exist", remedy)
-        except HTTPError as error:
-            yield Check("work pool", "broken", f"cannot be read: {error}", "Look into the server's log.")
+    except ObjectNotFound:
+        remedy = f"Run `prefect work-pool create {_POOL} --type process` before you deploy."
+        return Check("work pool", "note", f"{_POOL!r} does not exist", remedy)
+    return Check("work pool", "ok", f"{pool.name}, of type {pool.type}")

@@ -7,10 +7,11 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from alpaca_core import Judgment, ModelSpec, RowError
-from alpaca_core.judging import Method
+from alpaca_core.judging import MOST_SAMPLES, Method
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.options import label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
+from prefect_alpaca.flows.terminal import printable
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -30,7 +31,7 @@ def judge_texts(
     show_labels: bool | None = None,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
     method: Method = "logits",
-    samples: Annotated[int, Field(ge=1)] = 10,
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge texts by the model's logits: a label, the probability of every label, and the coverage.
@@ -51,6 +52,7 @@ def judge_texts(
     Raises:
         AlpacaError: If every text failed, or the labels cannot be told apart.
     """
+    instruction = instruction if instruction and instruction.strip() else None  # a form sends an emptied field as ""
     choices = [label_of(label) for label in labels]
     names = [label_name(label) for label in choices]
     status = tasks.load_model(model)
@@ -96,6 +98,6 @@ def _table_row(text: str, judgment: Judgment | RowError, names: list[str]) -> Js
         "text": cell(text),
         "label": cell(done.label) if done and done.label else None,
         "coverage": round(done.coverage, 4) if done else None,
-        **{f"P({name})": round(done.probabilities[name], 4) if done else None for name in names},
+        **{f"P({printable(name)})": round(done.probabilities[name], 4) if done else None for name in names},
         "error": inline(judgment.message) if isinstance(judgment, RowError) else None,
     }

@@ -78,9 +78,21 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 
 def label_of(text: str) -> str | Label:
-    """Read a label: a name, or a name and its aliases as ``Yes=y,true``."""
-    name, found, aliases = text.partition("=")
-    return Label(name=name, aliases=tuple(aliases.split(","))) if found else text
+    """Read a label: a name, or a name and its aliases as ``Yes=y,true``.
+
+    Raises:
+        InvalidRequest: If the name or an alias is blank.
+    """
+    name, found, listed = text.partition("=")
+    aliases = listed.split(",") if found else []
+    if not name.strip():
+        raise InvalidRequest(f"a label has a name, as in Yes or Yes=y,true, but got {text!r:.80}. Drop it, or name it.")
+    if not all(alias.strip() for alias in aliases):
+        raise InvalidRequest(
+            f"other words for a label follow it as in Yes=y,true, but one of them is blank in {text!r:.80}. "
+            "Drop its comma or equals sign, or write a word there."
+        )
+    return Label(name=name, aliases=tuple(aliases)) if found else text
 
 
 def label_name(label: str | Label) -> str:
@@ -89,11 +101,22 @@ def label_name(label: str | Label) -> str:
 
 
 def texts_of(arguments: list[str]) -> list[str]:
-    """Return the texts: the arguments, or the lines of standard input for ``-``."""
+    """Return the texts: the arguments, or the lines of standard input for ``-``.
+
+    Lines are UTF-8 whatever the locale is, and end at a line feed alone. Bytes that are not UTF-8 become lone
+    surrogates, as they do in arguments, so that they are the error of their own row.
+    """
     texts: list[str] = []
     for argument in arguments:
-        texts += sys.stdin.read().splitlines() if argument == "-" else [argument]
+        texts += _lines() if argument == "-" else [argument]
     return texts
+
+
+def _lines() -> list[str]:
+    if sys.stdin is None:
+        raise InvalidRequest("- reads standard input, but that is closed. Pipe lines into it, or give texts.")
+    lines = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape").split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def one_line(error: Exception) -> str:
@@ -104,7 +127,8 @@ def one_line(error: Exception) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    option = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+    # --model also takes presets, so it is the one option that is not called as its field
+    option = "--" + ".".join(map(str, first["loc"])).replace("_", "-").replace("base-model", "model")
     return f"{option} {first['input']!r:.80}: {message}"
 
 

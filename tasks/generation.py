@@ -9,7 +9,7 @@ import alpaca_core
 from alpaca_core import ModelSpec, RowError, Sampling
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.reasoning import CONCLUSION
-from alpaca_core.spec import TemplateName
+from alpaca_core.spec import GREEDY, TemplateName
 from prefect_alpaca.tasks.rows import Json, run_name, run_verb
 
 
@@ -17,7 +17,7 @@ from prefect_alpaca.tasks.rows import Json, run_name, run_verb
 def generate(
     model: ModelSpec,
     prompts: Sequence[str | RowError],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     inputs: Sequence[str | RowError | None] | None = None,
     sample_indices: Sequence[int] | None = None,
@@ -41,7 +41,7 @@ def generate(
 def chain_of_thought(
     model: ModelSpec,
     questions: Sequence[str | RowError],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     sample_indices: Sequence[int] | None = None,
     template: TemplateName | None = None,

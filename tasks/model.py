@@ -17,14 +17,15 @@ from alpaca_core import LanguageModel, ModelSpec
 _lock = threading.Lock()
 _models: dict[ModelSpec, LanguageModel] = {}
 _open = ExitStack()
-_stand_ins: list[LanguageModel] = []
+_stand_ins: dict[object, LanguageModel] = {}
 atexit.register(_open.close)
 
 
 def loaded(spec: ModelSpec) -> LanguageModel:
     """Return this process's model of a spec, loading it where no task has yet."""
-    if _stand_ins:
-        return _stand_ins[-1]
+    stand_ins = list(_stand_ins.values())  # a copy: another thread may end its block meanwhile
+    if stand_ins:
+        return stand_ins[-1]
     with _lock:
         if spec not in _models:
             run_logger().info("Loading %s", spec.base_model)
@@ -48,11 +49,12 @@ def use_model(model: LanguageModel) -> Iterator[LanguageModel]:
         ...     judge.fn(ModelSpec(), ["A late goal."], ["World", "Sports"])[0]["label"]
         'Sports'
     """
-    _stand_ins.append(model)
+    block = object()  # and not the model, which an outer block may use too
+    _stand_ins[block] = model
     try:
         yield model
     finally:
-        _stand_ins.remove(model)
+        del _stand_ins[block]
 
 
 def run_logger() -> "logging.Logger | logging.LoggerAdapter[Any]":

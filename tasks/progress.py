@@ -1,58 +1,100 @@
-"""A progress bar on a run's page, cheap enough to leave on."""
+"""A progress bar on a run's page and in a terminal, cheap enough to leave on."""
 
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from prefect.logging import get_logger
+from rich.console import Console
+from tqdm import tqdm
 
 from alpaca_core.rows import Progress
 
 PATIENCE = 5.0
-"""Seconds of work before a bar is drawn, so that quick tasks leave none behind."""
+"""Seconds of work before a bar is drawn on the run's page, so that quick tasks leave none behind."""
 
 INTERVAL = 2.0
-"""Seconds between two updates, each of which is a request to the Prefect API."""
+"""Seconds between two updates of it, each of which is a request to the Prefect API."""
+
+TICK = 1.0
+"""Seconds of work before a terminal shows a bar, and between two moves of its clock."""
+
+_LOOK = "{desc}: {percentage:3.0f}% |{bar}| of {total_fmt} rows [{elapsed}<{remaining}]"
 
 
 @contextmanager
-def progress_bar(description: str, rows: int) -> Iterator[Progress]:
-    """Show the rows done so far as a progress artifact of the task run; outside a run show nothing.
+def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
+    """Show how many rows are done: on the task run's page, and on standard error where that is a terminal.
 
     Args:
-        description: Stands beside the bar.
+        verb: Stands beside the bar.
         rows: How many there are.
 
     Yields:
-        A callable that takes the number of rows just finished.
+        A callable that takes the number of rows just finished, or the part of one.
     """
-    done = 0
-    bar: UUID | None = None
+    done = 0.0
+    artifact: UUID | None = None
     due = time.monotonic() + PATIENCE
 
-    def advance(finished: int) -> None:
+    def advance(finished: float) -> None:
         nonlocal done, due
         done += finished
+        terminal.update(finished)
         if time.monotonic() >= due and TaskRunContext.get():
             draw()
             due = time.monotonic() + INTERVAL
 
     def draw() -> None:
-        nonlocal bar
-        percent = 100.0 * done / rows
+        nonlocal artifact
+        percent = round(100 * min(done / max(rows, 1), 1.0), 1)
         try:
-            if bar is None:
-                bar = cast(UUID, create_progress_artifact(percent, description=description))
+            if artifact is None:
+                artifact = cast(UUID, create_progress_artifact(percent, description=f"{verb}: rows done"))
             else:
-                update_progress_artifact(bar, percent)
-        except httpx.HTTPError as error:  # the rows are worth more than their bar
+                update_progress_artifact(artifact, percent)
+        except Exception as error:  # of whatever kind: the rows are worth more than their bar
             get_logger("alpaca").debug("Progress could not be shown: %s", error)
 
-    yield advance
-    if bar is not None:
+    with _terminal_bar(verb, rows) as terminal:
+        yield advance
+    if artifact is not None:
         draw()
+
+
+@contextmanager
+def _terminal_bar(verb: str, rows: int) -> Iterator["tqdm[Any]"]:
+    """Draw a bar whose clock ticks even while no row finishes, and wipe it at the end."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TICK):
+            bar.refresh()
+
+    width, height = Console(stderr=True).size  # tqdm draws nothing in a terminal that does not tell its size
+    with tqdm(
+        total=rows,
+        desc=verb,
+        bar_format=_LOOK,
+        ncols=width - 1,
+        nrows=height,
+        delay=TICK,
+        disable=None,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+        clock = threading.Thread(target=tick, daemon=True)
+        if not bar.disable:
+            clock.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            if not bar.disable:
+                clock.join()

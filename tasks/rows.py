@@ -1,12 +1,13 @@
 """What every task over rows does: run the verb, show progress, log, and turn values into JSON and back."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from alpaca_core import ModelSpec, RowError
+from alpaca_core.rows import check_rows
 from alpaca_core.spec import Value
 from prefect_alpaca.tasks.model import loaded, run_logger
 from prefect_alpaca.tasks.progress import progress_bar
@@ -32,7 +33,8 @@ def run_name(doing: str, rows: str, noun: str) -> Callable[..., str]:
     """
 
     def name(parameters: dict[str, Any]) -> str:
-        return f"{doing} {counted(len(parameters[rows]), noun)}"
+        given = parameters[rows]
+        return f"{doing} {counted(len(given), noun)}" if isinstance(given, Sized) else doing  # the task says why not
 
     return name
 
@@ -56,9 +58,10 @@ def run_verb(
     Returns:
         The rows as JSON, in order.
     """
+    check_rows("rows", rows)
     model, logger = loaded(spec), run_logger()
     started = time.monotonic()
-    with progress_bar(f"{verb.__name__}: rows done", len(rows)) as progress:
+    with progress_bar(verb.__name__, len(rows)) as progress:
         results = verb(model, rows, *arguments, progress=progress, **settings)
     batch, seconds = counted(len(rows), "row"), time.monotonic() - started
     logger.info("%s: %s in %.1f s by %s on %s", verb.__name__, batch, seconds, model.info.name, model.info.device)

@@ -15,6 +15,11 @@ def test_no_argument_means_the_embedded_model() -> None:
     assert ModelSpec() == ModelSpec.preset("embedded")
 
 
+def test_an_emptied_field_of_a_form_is_unset() -> None:
+    emptied = {"revision": "", "adapter": "", "adapter_revision": "", "device_map": ""}
+    assert ModelSpec.model_validate(emptied) == ModelSpec()
+
+
 def test_the_notebooks_model_is_a_preset() -> None:
     assert ModelSpec.preset("alpaca-7b") == ModelSpec(
         base_model="huggyllama/llama-7b", adapter="tloen/alpaca-lora-7b", quantization="int8"

@@ -6,7 +6,7 @@ import pytest
 from prefect.client.schemas.objects import State
 
 import alpaca_core
-from alpaca_core import Answer, RowError, Sampling
+from alpaca_core import Answer, ModelSpec, RowError, Sampling
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import answer_question
@@ -81,6 +81,6 @@ def test_a_run_in_which_everything_failed_fails_and_says_why(left: Left) -> None
         state.result()
 
 
-def test_settings_without_effect_fail_the_run() -> None:
-    with use_model(FAKE), pytest.raises(InvalidRequest, match="max_attempts=2 has no effect"):
-        answer_question(["How many?"], max_attempts=2)
+def test_settings_without_effect_fail_the_run_before_a_model_is_loaded() -> None:
+    with pytest.raises(InvalidRequest, match="max_attempts=2 has no effect"):
+        answer_question(["How many?"], max_attempts=2, model=ModelSpec(base_model="no such model"))

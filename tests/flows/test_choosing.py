@@ -1,10 +1,12 @@
 """The flow `generate-and-judge`: the best of n candidates, by hand."""
 
+from typing import Any
+
 import pytest
 
 import alpaca_core
 from alpaca_core import RowError, Sampling
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import generate_and_judge
 from prefect_alpaca.flows.choosing import Choice
@@ -47,9 +49,17 @@ def test_one_failed_candidate_costs_itself_only() -> None:
     fake = FakeModel({"Good": {"Yes": 0.8, "No": 0.2}, "invite": {"Good": 0.5, "": 0.5}})
     with use_model(fake):
         rows = generate_and_judge(["Please invite."], "Friendly?", candidates=16, sampling=SAMPLING)
-    codes = {candidate.get("code") for candidate in rows[0]["candidates"]}
-    assert codes == {None, "empty_text"}
+    failed = [candidate for candidate in rows[0]["candidates"] if "code" in candidate]
+    assert 0 < len(failed) < 16
+    assert {candidate["code"] for candidate in failed} == {"empty_text"}
+    assert {"nothing visible" in candidate["message"] for candidate in failed} == {True}
     assert rows[0]["text"] == "Good"
+
+
+@pytest.mark.parametrize("silence", ["", " \n"])
+def test_a_model_that_says_nothing_is_not_blamed_on_the_row(silence: str) -> None:
+    with use_model(FakeModel(silence)), pytest.raises(AlpacaError, match="Another seed or a higher temperature may"):
+        generate_and_judge(["Please invite."], "Friendly?", sampling=SAMPLING)
 
 
 def test_another_label_can_be_wanted() -> None:
@@ -58,9 +68,20 @@ def test_another_label_can_be_wanted() -> None:
     assert rows[0]["text"] == "Stay away."
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
-    with use_model(FAKE):
-        with pytest.raises(InvalidRequest, match="wanted is one of"):
-            generate_and_judge(wanted="Maybe")
-        with pytest.raises(InvalidRequest, match="temperature above 0"):
-            generate_and_judge(sampling=Sampling())
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"wanted": "Maybe"}, "wanted is one of"),
+        ({"sampling": Sampling()}, "temperature above 0"),
+        ({"instruction": ""}, "instruction is the judge's question"),
+        ({"instruction": " \t"}, "instruction is the judge's question"),
+        ({"labels": ["Yes=", "No"]}, "other words for a label"),
+        ({"labels": ["Yes", " "]}, "a label has a name"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_model_is_loaded(
+    settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alpaca_core, "load_model", pytest.fail)
+    with pytest.raises(InvalidRequest, match=said):
+        generate_and_judge(**settings)

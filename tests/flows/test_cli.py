@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import alpaca_core
 from alpaca_core import Label, LanguageModel, ModelSpec, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
-from prefect_alpaca.flows import cli
+from prefect_alpaca.flows import cli, terminal
 from prefect_alpaca.flows.options import label_of
 
 FAKE = FakeModel(
@@ -98,10 +100,89 @@ def test_tokens_shows_ids_and_pieces(capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(token["text"] for token in row["next"]) == ["B", "R"]
 
 
-def test_rows_come_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Is Paris big?\nIs Paris old?\n"))
-    assert cli.main(["judge", "Paris?", "-", "--json"]) == 0
-    assert [row["text"] for row in objects(capsys.readouterr().out)] == ["Paris?", "Is Paris big?", "Is Paris old?"]
+@pytest.mark.parametrize(
+    ("piped", "rows"),
+    [
+        (b"Is Paris big?\nIs Paris old?\n", ["Is Paris big?", "Is Paris old?"]),
+        (b"Is Paris big?\r\nIs Paris old?", ["Is Paris big?", "Is Paris old?"]),
+        ("Paris\x0b\x1c\x85\u2028?\r\r\n".encode(), ["Paris\x0b\x1c\x85\u2028?\r"]),
+        ("\ufeffZażółć Paris?\n".encode(), ["Zażółć Paris?"]),
+        (b"bad \xff\n\nParis?\n", ["invalid_text", "empty_text", "Paris?"]),
+        (b"", []),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_rows_come_from_standard_input(
+    piped: bytes, rows: list[str], encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding))
+    assert cli.main(["judge", "Paris?", "-", "--json"]) == int("invalid_text" in rows)
+    printed = objects(capsys.readouterr().out)
+    assert [row.get("text", row.get("code")) for row in printed] == ["Paris?", *rows]
+
+
+def test_standard_input_that_is_closed_is_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["judge", "-", "--json"]) == 2
+    assert capsys.readouterr().err.startswith("alpaca: - reads standard input, but that is closed.")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "utf-16"])
+def test_every_line_is_json_whatever_the_locale(encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "import_adapter", lambda source, **_: tmp_path)
+    texts = ["é Paris", "\U0001f999\u2028", "\udcff"]
+    printed = io.BytesIO()
+    with io.TextIOWrapper(printed, encoding, write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["tokens", *texts, "--json"]) == 1
+        assert cli.main(["import-adapter", "bad \udcff", "--json"]) == 0
+        assert cli.main(["tokens", texts[0]]) == 0
+        lines = printed.getvalue().decode(encoding).splitlines()[:4]
+    rows = [json.loads(line) for line in lines]
+    assert [row.get("text", row.get("code")) for row in rows[:3]] == [*texts[:2], "invalid_text"]
+    assert rows[3]["source"] == "bad \udcff"
+    assert ("é" in lines[0]) == (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_reader_that_goes_away_is_no_traceback(
+    form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "console", Console())  # rich keeps it quiet from then on
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        try:
+            code: object = cli.main(["tokens", "Paris?", *form])
+        except SystemExit as stopped:
+            code = stopped.code
+    assert code == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_full_disk_is_one_line(
+    form: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True))
+    assert cli.main(["tokens", "Paris?", *form]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_progress_beside_the_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert cli.main(["judge", "Paris?", "--model", "[/bold]", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert len(objects(printed.out)) == 1
+    assert "Loading [/bold]" in printed.err
+    assert "judge" in printed.err
+    assert "100%" in printed.err
 
 
 @pytest.mark.parametrize("command", ["generate", "answer", "judge", "tokens"])
@@ -127,6 +208,11 @@ def test_a_failed_row_gives_exit_code_1_and_the_others_are_printed(
         ["judge", "a", "--label", "one"],
         ["judge", "a", "--label", "no", "--label", "No "],
         ["judge", "a", "--label", "b", "--label", "c=, "],
+        ["judge", "a", "--label", "b", "--label", "c="],
+        ["judge", "a", "--label", "b", "--label", "=c"],
+        ["judge", "a", "--label", "b", "--label", "c=d,,e"],
+        ["judge", "a", "--label", "b", "--label", ""],
+        ["judge", "a", "--model", ""],
         ["judge", "a", "--min-coverage", "2"],
         ["judge", "a", "--device", "tpu"],
         ["answer", "a", "--max-attempts", "2"],
@@ -147,6 +233,8 @@ def test_bad_input_gives_exit_code_2_and_one_line(arguments: list[str], capsys: 
     lines = [line for line in printed.err.splitlines() if line != "a library that prints"]
     assert len(lines) == 1
     assert lines[0].startswith("alpaca")
+    options = [argument for argument in arguments if argument in ("--label", "--model", "--top-k", "--device")]
+    assert not options or options[0] in lines[0] or "labels" in lines[0]
 
 
 def test_a_model_that_cannot_be_loaded_gives_exit_code_2(
@@ -174,6 +262,7 @@ def test_options_name_the_model(specs: list[ModelSpec]) -> None:
 def test_labels_are_read_with_their_aliases() -> None:
     assert label_of("not sure") == "not sure"
     assert label_of("Yes=y,true") == Label(name="Yes", aliases=("y", "true"))
+    assert label_of("a=b=c") == Label(name="a", aliases=("b=c",))
 
 
 @pytest.mark.parametrize("command", ["generate", "answer", "judge", "tokens"])

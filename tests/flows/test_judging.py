@@ -33,12 +33,24 @@ def test_the_flow_equals_the_core(left: Left) -> None:
     assert "<i>" not in page
 
 
-def test_without_an_instruction_each_text_is_the_question(left: Left) -> None:
-    fake = FakeModel({"Is it?": {"Yes": 0.7, "No": 0.3}})
+@pytest.mark.parametrize("instruction", [None, "", " \n"])
+def test_without_an_instruction_each_text_is_the_question(instruction: str | None, left: Left) -> None:
+    fake = FakeModel({"### Instruction:\nIs it?": {"Yes": 0.7, "No": 0.3}})
     with use_model(fake):
-        rows = judge_texts(["Is it?"], ["Yes", "No"], None)
+        rows = judge_texts(["Is it?"], ["Yes", "No"], instruction)
     assert rows[0]["probabilities"]["Yes"] == pytest.approx(0.7)
-    assert left("judge-texts")[0].state_name == "Completed"
+    run, page, _ = left("judge-texts")
+    assert run.state_name == "Completed"
+    assert ">" not in page
+
+
+def test_labels_of_odd_letters_leave_a_table(left: Left) -> None:
+    with use_model(FakeModel({"Is it?": "a\x00"})):
+        judge_texts(["Is it?"], ["a\x00", "<b>|"], "Which?")
+    _, page, table = left("judge-texts")
+    assert [name for name in table[0] if name.startswith("P(")] == ["P(a\N{REPLACEMENT CHARACTER})", "P(<b>|)"]
+    assert "<b>" not in page
+    assert "\x00" not in page
 
 
 def test_the_defaults_run_as_they_are() -> None:

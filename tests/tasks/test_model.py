@@ -1,10 +1,13 @@
 """The process's models: loaded once, whoever asks, and replaceable for tests."""
 
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
 from prefect import flow, unmapped
@@ -78,6 +81,39 @@ def test_use_model_replaces_every_spec_until_its_block_ends(loads: list[ModelSpe
         assert room.loaded(ModelSpec(batch_size=1)) is outer
     assert loads == []
     assert room.loaded(ModelSpec()) not in (outer, inner)
+
+
+def test_a_model_that_is_used_twice_makes_room_for_the_one_between(loads: list[ModelSpec]) -> None:
+    outer, inner = FakeModel("a"), FakeModel("b")
+    with tasks.use_model(outer), tasks.use_model(inner):
+        with tasks.use_model(outer):
+            assert room.loaded(ModelSpec()) is outer
+        assert room.loaded(ModelSpec()) is inner
+    assert loads == []
+
+
+@pytest.mark.parametrize("line", [1, 2, 3, 4])
+def test_a_block_may_end_at_any_moment_of_another_threads_look(line: int, loads: list[ModelSpec]) -> None:
+    block = ExitStack()
+    block.enter_context(tasks.use_model(FakeModel("a")))
+    seen = 0
+
+    def end_block(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal seen
+        if frame.f_code is not room.loaded.__code__:
+            return None
+        seen += event == "line"
+        if seen == line:
+            block.close()
+        return end_block
+
+    tracer = sys.gettrace()
+    sys.settrace(end_block)
+    try:
+        assert room.loaded(ModelSpec()).info.name == "fake"
+    finally:
+        sys.settrace(tracer)
+        block.close()
 
 
 @pytest.mark.usefixtures("prefect_api")

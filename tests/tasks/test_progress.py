@@ -1,11 +1,18 @@
 """Progress: a bar for long work, none for short, and never a reason to fail."""
 
+import os
+import pty
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterTaskRunId
 from prefect.client.schemas.objects import Artifact
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import task_run
 
 from prefect_alpaca.tasks import progress as room
@@ -14,18 +21,34 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
 @task
-def work(rows: int) -> str:
-    """Finish rows one by one."""
-    with room.progress_bar("rows done", rows) as advance:
-        for _ in range(rows):
-            advance(1)
+def work(rows: int, parts: int) -> str:
+    """Finish rows one by one, each in parts."""
+    with room.progress_bar("judge", rows) as advance:
+        for _ in range(rows * parts):
+            advance(1 / parts)
     return str(task_run.id)
 
 
 @flow
-def run(rows: int) -> str:
+def run(rows: int, parts: int = 1) -> str:
     """Run the work as Prefect would."""
-    return work(rows)
+    return work(rows, parts)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """A terminal of unknown size as standard error; a function that reads what it was sent."""
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb", buffering=0) as screen, os.fdopen(slave, "w", encoding="utf-8") as stderr:
+        os.set_blocking(master, False)
+        monkeypatch.setattr(room, "sys", SimpleNamespace(stderr=stderr))  # pytest keeps the real one for itself
+        monkeypatch.setattr(room, "TICK", 0.01)
+
+        def read() -> str:
+            stderr.flush()
+            return (screen.read(1_000_000) or b"").decode()
+
+        yield read
 
 
 def bars_of(run_id: str) -> list[Artifact]:
@@ -33,19 +56,23 @@ def bars_of(run_id: str) -> list[Artifact]:
         return client.read_artifacts(artifact_filter=ArtifactFilter(task_run_id=ArtifactFilterTaskRunId(any_=[run_id])))
 
 
-def test_long_work_leaves_a_full_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_long_work_leaves_a_full_bar(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "PATIENCE", 0.0)
-    bars = [bar for bar in bars_of(run(3)) if bar.type == "progress"]
-    assert [(bar.data, bar.description) for bar in bars] == [(100.0, "rows done")]
+    bars = [bar for bar in bars_of(run(3, parts)) if bar.type == "progress"]
+    assert [(bar.data, bar.description) for bar in bars] == [(100.0, "judge: rows done")]
 
 
 def test_short_work_leaves_none() -> None:
     assert [bar for bar in bars_of(run(3)) if bar.type == "progress"] == []
 
 
-def test_a_bar_that_cannot_be_drawn_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [httpx.ConnectError("the server is away"), ObjectNotFound(OSError("404")), RuntimeError("client closed")]
+)
+def test_a_bar_that_cannot_be_drawn_costs_no_row(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
-        raise httpx.ConnectError("the server is away")
+        raise error
 
     monkeypatch.setattr(room, "PATIENCE", 0.0)
     monkeypatch.setattr(room, "create_progress_artifact", away)
@@ -55,5 +82,43 @@ def test_a_bar_that_cannot_be_drawn_costs_no_row(monkeypatch: pytest.MonkeyPatch
 def test_outside_a_run_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "PATIENCE", 0.0)
     monkeypatch.setattr(room, "create_progress_artifact", pytest.fail)
-    with room.progress_bar("rows done", 2) as advance:
+    with room.progress_bar("judge", 2) as advance:
         advance(2)
+
+
+def test_a_batch_without_rows_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "PATIENCE", 0.0)
+    assert run(0)
+    with room.progress_bar("judge", 0) as advance:
+        advance(0)
+
+
+def test_a_terminal_shows_a_bar_that_moves_and_is_wiped(terminal: Callable[[], str]) -> None:
+    with room.progress_bar("judge", 3) as advance:
+        time.sleep(0.1)
+        waiting = terminal()
+        advance(1 / 3)
+        advance(7 / 6)
+        time.sleep(0.1)
+        half = terminal()
+    assert waiting.count("judge:   0% |") > 1, "its clock ticks though no row has finished"
+    assert "of 3 rows [00:00<" in waiting
+    assert "judge:  50% |" in half
+    assert "1.5" not in half
+    assert terminal().endswith(" \r")
+
+
+def test_threads_each_have_their_bar_and_leave_none(terminal: Callable[[], str]) -> None:
+    with room.progress_bar("judge", 3), room.progress_bar("verify", 0):
+        time.sleep(0.1)
+    drawn = terminal()
+    assert "judge:" in drawn
+    assert "verify:" in drawn
+    time.sleep(0.05)
+    assert terminal() == ""
+
+
+def test_without_a_terminal_nothing_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    with room.progress_bar("judge", 3) as advance:
+        advance(3)
+    assert capfd.readouterr().err == ""

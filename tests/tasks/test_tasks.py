@@ -14,6 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 import alpaca_core
 from alpaca_core import Completion, Conclusion, Judgment, ModelSpec, RowError, Sampling, Verification
+from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
 from prefect_alpaca import tasks
@@ -81,6 +82,27 @@ def test_rows_that_failed_are_counted_in_a_warning(caplog: pytest.LogCaptureFixt
     failed = [row for row in tasks.values(Judgment, rows) if isinstance(row, RowError)]
     assert len(failed) == 2
     assert warnings == [f"2 of 4 rows failed; the first: {failed[0].message}"]
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("rows", [None, 5, "one text", b"bytes", {"a"}, iter(["a"])])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "verify"])
+def test_a_batch_that_is_no_list_fails_before_the_model_is_loaded(
+    verb: str, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @flow
+    def call() -> None:
+        getattr(tasks, verb)(ModelSpec(), rows)
+
+    monkeypatch.setattr(alpaca_core, "load_model", pytest.fail)
+    with pytest.raises(InvalidRequest, match="rows is a list of rows, but got"):
+        call()
+
+
+@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge"])
+def test_a_batch_without_rows_gives_none(verb: str) -> None:
+    with tasks.use_model(FAKE):
+        assert getattr(tasks, verb).fn(ModelSpec(), []) == []
 
 
 @pytest.mark.usefixtures("prefect_api")
