@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from alpaca_core.cache import MANIFEST, Manifest, cache_folder, digest_of, known_digests, read_manifest
+from alpaca_core.cache import MANIFEST, Manifest, cache_folder, known_digests, read_manifest
 from alpaca_core.checkpoints import fetch, read_json
 from alpaca_core.errors import DigestMismatch, InvalidAdapter, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
 from alpaca_core.model import DEFAULT_ADAPTER, AdapterInfo
-from alpaca_core.spec import ModelSpec, TemplateName
+from alpaca_core.spec import ModelSpec, TemplateName, digest_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

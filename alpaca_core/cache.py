@@ -19,7 +19,7 @@ from filelock import FileLock
 from pydantic import Field, TypeAdapter, ValidationError
 
 from alpaca_core.errors import DigestMismatch, LoadError
-from alpaca_core.spec import TemplateName, Value
+from alpaca_core.spec import TemplateName, Value, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,6 @@ def sha256_of(path: Path) -> str:
     """Hash a file in full; hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Hash a JSON value in canonical form: sorted keys, no blanks; hexadecimal SHA-256."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = False) -> Manifest:

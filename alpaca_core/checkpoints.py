@@ -14,9 +14,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
-from alpaca_core.cache import Manifest, cache_folder, digest_of, known_digests, prepare, sha256_of
+from alpaca_core.cache import Manifest, cache_folder, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
-from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec
+from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec, digest_of
 from alpaca_core.tokenizer import Tokenizer
 
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,20 +1,16 @@
 """Judge by logits: the probability of each label, read from the model and not from sampled text."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from alpaca_core.errors import InvalidLabels, InvalidRequest, RowRejected
-from alpaca_core.labels import Spellings, as_labels, find_spellings, log_sum
-from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError, ScoreRow
-from alpaca_core.prompts import Prompt, template_of, user_text, with_labels
+from alpaca_core.asking import Asked, Asking, Slots
+from alpaca_core.calibration import Calibration
+from alpaca_core.errors import InvalidRequest
+from alpaca_core.labels import log_sum
+from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
 from alpaca_core.spec import YES_NO, Label, Sampling, TemplateName, Value
-from alpaca_core.tokenizer import meaning
-
-MOST_SHOWN_LABELS = 20
-"""Labels that the prompt names by default, unless they are yes and no."""
 
 MOST_SAMPLES = 10_000
 """Responses that ``sampled`` draws for one text."""
@@ -26,7 +22,8 @@ class Judgment(Value):
     """How probable each label is for a text.
 
     `label` is the likeliest, or None where the judgment abstains, and `reason` says why. `probabilities`
-    sum to 1; `coverage` is the mass that all labels had together before that, at most 1. `escaped` says
+    sum to 1; `coverage` is the mass that all labels had together before that, at most 1. `calibration` is
+    the digest of the calibration that made the probabilities, None for the model's own. `escaped` says
     that a line of the text that equalled a template's marker got a leading space. `notes` name spellings
     that were dropped because they would mean two labels.
     """
@@ -35,6 +32,7 @@ class Judgment(Value):
     label: str | None
     probabilities: dict[str, float]
     coverage: float
+    calibration: str | None = None
     reason: str | None = None
     escaped: bool = False
     notes: tuple[str, ...] = ()
@@ -49,6 +47,7 @@ def judge(
     show_labels: bool | None = None,
     min_coverage: float = 0.0,
     all_segmentations: bool = False,
+    calibration: Calibration | None = None,
     method: Method = "logits",
     samples: int = 10,
     seed: int = 0,
@@ -70,6 +69,7 @@ def judge(
             are not yes and no.
         min_coverage: Abstain below this coverage, between 0 and 1. Good judgments exist at 0.03.
         all_segmentations: Count every way to cut a label into tokens, up to `labels.MAX_NODES`.
+        calibration: From `fit_calibration`, for this model, question and labels.
         method: ``logits``, or ``sampled``: draw `samples` responses and count those that begin with a label.
         samples: Responses drawn for each text by ``sampled``.
         seed: Of the samples.
@@ -91,46 +91,57 @@ def judge(
         ('Yes', 0.9)
     """
     check_rows("texts", texts)
-    checked = as_labels(labels)
-    _check_settings(instruction, min_coverage, all_segmentations, method, samples, seed)
-    writer = template_of(model, template, adapter)
-    if show_labels is None:
-        yes_no = {meaning(label.name) for label in checked} == {meaning(label.name) for label in YES_NO}
-        show_labels = len(checked) <= MOST_SHOWN_LABELS and not yes_no
-
-    def question_about(text: str) -> _Question:
-        question, input = (text, None) if instruction is None else (instruction, text)
-        prompt = writer.encode(with_labels(question, checked) if show_labels else question, input)
-        spellings = find_spellings(model.tokenizer, checked, prompt.ids, all_segmentations=all_segmentations)
-        return _Question(prompt, spellings)
-
-    def ask(text: object) -> _Question:
-        try:
-            return question_about(user_text("a text", text))
-        except InvalidLabels as error:
-            raise RowRejected("no_spelling", str(error)) from error
-
-    try:
-        question_about("?")  # what is wrong with labels or instruction is wrong with every row
-    except RowRejected as error:
-        raise InvalidRequest(f"instruction and labels cannot be asked: {error}") from error
-    asked = map_rows(ask, texts)
+    check_instruction(instruction)
+    _check_settings(min_coverage, all_segmentations, method, samples, seed)
+    asking = Asking(
+        model,
+        labels,
+        question(instruction),
+        show_labels=show_labels,
+        all_segmentations=all_segmentations,
+        template=template,
+        adapter=adapter,
+    )
+    if calibration is not None:
+        if method == "sampled":
+            raise InvalidRequest(
+                "a calibration is of logits, so method='sampled' has no use for it. Drop one of the two."
+            )
+        calibration.check(asking.binding())
+    digest = calibration.digest if calibration else None
+    asked = asking.about_each(texts)
     if method == "logits":
-        masses = _masses_by_logits(model, asked, len(checked), adapter, progress)
+        masses = asking.log_masses(asked, adapter, progress)
     else:
-        masses = _masses_by_samples(model, asked, len(checked), samples, seed, adapter, progress)
+        masses = _masses_by_samples(model, asked, len(asking.labels), samples, seed, adapter, progress)
     return map_rows(
-        lambda text, question, mass: _judgment(text, checked, mass, question, min_coverage), texts, asked, masses
+        lambda text, each, mass: _judgment(text, asking.names, mass, each, min_coverage, calibration, digest),
+        texts,
+        asked,
+        masses,
     )
 
 
-def _check_settings(
-    instruction: object, min_coverage: object, all_segmentations: bool, method: object, samples: object, seed: object
-) -> None:
+def question(instruction: str | None) -> Callable[[str], Slots]:
+    """Return how `judge` puts a text into a question: with an instruction it is the input, without it the question."""
+    return lambda text: (text, None) if instruction is None else (instruction, text)
+
+
+def check_instruction(instruction: object) -> None:
+    """Refuse an instruction that asks nothing.
+
+    Raises:
+        InvalidRequest: If it is blank, or no text.
+    """
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
         raise InvalidRequest(
             f"instruction is the question about every text, but got {instruction!r:.80}. Ask something, or use None."
         )
+
+
+def _check_settings(
+    min_coverage: object, all_segmentations: bool, method: object, samples: object, seed: object
+) -> None:
     if not isinstance(min_coverage, int | float) or not 0.0 <= min_coverage <= 1.0:
         raise InvalidRequest(
             f"min_coverage lies between 0 and 1, but got {min_coverage!r:.80}. Use 0 to never abstain."
@@ -147,30 +158,9 @@ def _check_settings(
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    prompt: Prompt
-    spellings: Spellings
-
-
-def _masses_by_logits(
-    model: LanguageModel,
-    asked: Sequence[_Question | RowError],
-    labels: int,
-    adapter: str | None,
-    progress: Progress | None,
-) -> list[list[float] | RowError]:
-    rows = map_rows(lambda question: ScoreRow(question.prompt.ids, question.spellings.trie, adapter), asked)
-    return map_rows(
-        lambda question, scores: question.spellings.log_masses(scores, labels),
-        asked,
-        run_rows(model.loglikelihood, rows, progress),
-    )
-
-
 def _masses_by_samples(
     model: LanguageModel,
-    asked: Sequence[_Question | RowError],
+    asked: Sequence[Asked | RowError],
     labels: int,
     samples: int,
     seed: int,
@@ -179,15 +169,15 @@ def _masses_by_samples(
 ) -> list[list[float] | RowError]:
     """Count labels among sampled responses, as people do it; its mean is what the logits say outright."""
 
-    def draw(question: _Question, index: int) -> GenerateRow:
-        sampling = Sampling(temperature=1.0, max_new_tokens=max(question.spellings.trie.depths()), seed=seed)
-        return GenerateRow(question.prompt.ids, sampling, index, adapter)
+    def draw(each: Asked, index: int) -> GenerateRow:
+        sampling = Sampling(temperature=1.0, max_new_tokens=max(each.spellings.trie.depths()), seed=seed)
+        return GenerateRow(each.prompt.ids, sampling, index, adapter)
 
-    questions = [question for question in asked for _ in range(samples)]
-    rows = map_rows(draw, questions, list(range(samples)) * len(asked))
+    repeated = [each for each in asked for _ in range(samples)]
+    rows = map_rows(draw, repeated, list(range(samples)) * len(asked))
     drawn = map_rows(
-        lambda question, response: (question.spellings.label_of(response.token_ids),),
-        questions,
+        lambda each, response: (each.spellings.label_of(response.token_ids),),
+        repeated,
         run_rows(model.generate, rows, progress, 1 / samples),
     )
 
@@ -202,27 +192,29 @@ def _masses_by_samples(
 
 def _judgment(
     text: str,
-    labels: tuple[Label, ...],
+    names: tuple[str, ...],
     masses: list[float],
-    question: _Question,
+    asked: Asked,
     min_coverage: float,
+    calibration: Calibration | None,
+    digest: str | None,
 ) -> Judgment:
     total = log_sum(masses)
-    names = [label.name for label in labels]
     coverage = min(math.exp(total), 1.0)
     if total == -math.inf:
-        probabilities = [1.0 / len(names)] * len(names)
         reason: str | None = "no response began with a label, so nothing tells them apart"
     else:
-        probabilities = [math.exp(mass - total) for mass in masses]
         below = coverage < min_coverage
         reason = f"coverage {coverage:.3g} is below min_coverage {min_coverage:.3g}" if below else None
+    scores = calibration.apply(masses) if calibration and total > -math.inf else [mass - total for mass in masses]
+    probabilities = [1.0 / len(names)] * len(names) if total == -math.inf else [math.exp(score) for score in scores]
     return Judgment(
         text=text,
         label=names[max(range(len(names)), key=probabilities.__getitem__)] if reason is None else None,
         probabilities=dict(zip(names, probabilities, strict=True)),
         coverage=coverage,
+        calibration=digest,
         reason=reason,
-        escaped=question.prompt.escaped,
-        notes=question.spellings.notes,
+        escaped=asked.prompt.escaped,
+        notes=asked.spellings.notes,
     )

@@ -1,6 +1,8 @@
 """What a caller chooses: the model, the sampling, the labels. Frozen, validated, JSON."""
 
-from typing import Annotated, Literal, Self
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -16,6 +18,11 @@ class Value(BaseModel):
     """A frozen value that refuses unknown fields, NaN and infinity, and turns into JSON and back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Hash a JSON value in canonical form: sorted keys, no blanks; hexadecimal SHA-256."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 Unset = BeforeValidator(lambda value: None if value == "" else value)

@@ -27,13 +27,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.utils import logging
 
 from alpaca_core.adapters import Adapter, find_adapters
-from alpaca_core.cache import digest_of
 from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.engines.lora import attach, merge
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.model import ModelInfo
-from alpaca_core.spec import ModelSpec
+from alpaca_core.spec import ModelSpec, digest_of
 from alpaca_core.tokenizer import Tokenizer
 
 _GIB = 2**30

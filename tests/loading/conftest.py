@@ -148,7 +148,8 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def make(source: Path, name: str) -> str:
-        from alpaca_core.cache import digest_of, sha256_of
+        from alpaca_core.cache import sha256_of
+        from alpaca_core.spec import digest_of
 
         commit = digest_of(name)[:40]
         repository = hub / f"models--{name.replace('/', '--')}"

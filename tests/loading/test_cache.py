@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca_core.cache import MANIFEST, Manifest, cache_folder, digest_of, known_digests, prepare, sha256_of
+from alpaca_core.cache import MANIFEST, Manifest, cache_folder, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, LoadError
+from alpaca_core.spec import digest_of
 
 ROOT = Path(__file__).parents[2]
 
