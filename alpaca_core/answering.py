@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from alpaca_core import reasoning, verification
 from alpaca_core.errors import InvalidRequest
@@ -20,7 +20,8 @@ class Answer(Value):
 
     `reasoning` is None without a chain of thought, `p_correct` without verification or where the verifier
     had nothing to go by, `final_answer` where none stands out in the answer. `attempts` says how many it
-    took; the best one is kept. `escaped` says that a line in one of the prompts that equalled a template's
+    took; the best one is kept. `finish_reason` is ``length`` where the reasoning or the answer was cut at
+    its limit of tokens. `escaped` says that a line in one of the prompts that equalled a template's
     marker got a leading space.
     """
 
@@ -30,6 +31,7 @@ class Answer(Value):
     final_answer: str | None
     p_correct: float | None
     attempts: int
+    finish_reason: Literal["stop", "length"] = "stop"
     escaped: bool = False
 
 
@@ -202,6 +204,7 @@ def _attempt_once(
     def combine(
         question: str, thought: Completion | None, conclusion: Conclusion, check: Verification | None
     ) -> Answer:
+        cut = any(step.finish_reason == "length" for step in (thought, conclusion) if step)
         return Answer(
             question=question,
             reasoning=(thought and thought.text.strip()) or None,
@@ -209,6 +212,7 @@ def _attempt_once(
             final_answer=conclusion.final_answer,
             p_correct=check.p_correct if check else None,
             attempts=index + 1,
+            finish_reason="length" if cut else "stop",
             escaped=any(step.escaped for step in (thought, conclusion, check) if step),
         )
 

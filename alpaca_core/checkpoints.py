@@ -153,7 +153,7 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
                 f"revision is a hub repository's commit, but {source!r} is on this disk. Drop revision."
             )
         return path.resolve(), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.endswith(".gguf"):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) or source.endswith(".gguf"):
         raise ModelNotFound(f"there is no file or folder {source!r}. Check the path.")
     try:
         folder = Path(
@@ -173,9 +173,9 @@ def _why_not(source: str, revision: str | None, error: Exception) -> str:
         return f"{source!r} is gated on the hub. Accept its licence there, then log in with `hf auth login`."
     if isinstance(error, RevisionNotFoundError):
         return f"{source!r} has no revision {revision!r} on the hub. Pin a commit that it has."
-    first_line = str(error).strip().partition("\n")[0]
+    first_line = str(error).strip().partition("\n")[0].removeprefix("Got: ").rstrip(".")
     return (
-        f"{source!r}{at} is neither on this disk nor in the hub's cache, and the hub gave: {first_line} "
+        f"{source!r}{at} is neither on this disk nor in the hub's cache, and the hub gave: {first_line}. "
         "Check the name and the network; `hf auth login` opens private repositories."
     )
 

@@ -214,7 +214,7 @@ def _pick(rows: _Rows) -> tuple[CalibrationMethod, float | None, str]:
         nll,
         (
             f"of {', '.join(scores)} it has the lowest negative log-likelihood in {FOLDS}-fold cross-validation on "
-            f"{len(rows.z)} labelled rows, {nll:.3f} nats (raw {raw:.3f}), with accuracy {accuracy:.3f} (raw {least:.3f})"
+            f"{len(rows.z)} rows with labels: {nll:.3f} nats (raw {raw:.3f}), accuracy {accuracy:.3f} (raw {least:.3f})"
         ),
     )
 

@@ -67,7 +67,8 @@ def judge(
         instruction: The question about every text, which is then its input.
         show_labels: Whether the prompt names the labels; by default where there are at most 20 and they
             are not yes and no.
-        min_coverage: Abstain below this coverage, between 0 and 1. Good judgments exist at 0.03.
+        min_coverage: Abstain below this coverage, between 0 and 1. Coverage is no measure of being right:
+            on AG News the embedded model had 70 % of the topics right at a mean coverage of 0.005.
         all_segmentations: Count every way to cut a label into tokens, up to `labels.MAX_NODES`.
         calibration: From `fit_calibration`, for this model, question and labels.
         method: ``logits``, or ``sampled``: draw `samples` responses and count those that begin with a label.

@@ -3,6 +3,7 @@
 torch is imported when a model is loaded, not when this module is.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,12 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         ...     model.info.context_length
         8192
     """
+    started = time.perf_counter()  # importing torch is part of what a user waits for
     from alpaca_core.engines.transformers import TransformersModel
     from alpaca_core.engines.weights import load_weights
 
     spec = spec or ModelSpec()
-    loaded = load_weights(spec)
+    loaded = load_weights(spec, started)
     model = TransformersModel(loaded.network, loaded.tokenizer, loaded.info, batch_size=spec.batch_size)
     del loaded
     try:

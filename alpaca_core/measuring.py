@@ -1,36 +1,27 @@
 """Measure judgments against labelled rows: how often they are right, how far their probabilities can be trusted."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
+from alpaca_core.bootstrap import Floats, Rows, Weighted, calibrated_errors, draw
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.judging import Judgment
 from alpaca_core.model import RowError
 from alpaca_core.rows import check_rows, column
 from alpaca_core.spec import Value
 
-NLL_FLOOR = 2.0**-52
-"""Least probability that `Measurement.nll` counts, so a label of probability 0 costs 36 nats; as in scikit-learn."""
-
 CALIBRATED_DRAWS = 1000
-"""Simulated sets of answers behind `Measurement.ece_if_calibrated`."""
+"""Simulated judges behind `Measurement.ece_if_calibrated`."""
 
 HISTOGRAM_BARS = 20
-"""Bars of equal width, from confidence 0 to 1, of `Measurement.histogram`."""
+"""Bars of `Measurement.histogram`, from confidence 0 to 1."""
 
 COVERAGE_QUANTILES = (5, 25, 50, 75, 95)
-"""Quantiles of the coverage that a measurement holds, in percent."""
-
-BLOCK = 500_000
-"""Drawn rows that are counted at a time: 4 MB."""
-
-Floats = NDArray[numpy.float64]
-Indices = NDArray[numpy.intp]
+"""Quantiles of `Measurement.coverage`, in percent."""
 
 
 class Estimate(Value):
@@ -128,22 +119,13 @@ def measure(
         if not isinstance(setting, int) or setting < least:
             raise InvalidRequest(f"{name} is a whole number from {least}, but got {setting!r:.80}. Leave its default.")
     judged, rows = _checked(judgments, gold)
-    weighted = _Weighted(rows, bins)
+    weighted = Weighted(rows, bins)
     one = numpy.ones((rows.n, 1))
-    values = {name: float(value[0]) for name, value in weighted.measures(one).items()} | _by_sklearn(rows)
-
-    random, simulation = numpy.random.default_rng(seed).spawn(2)
-    drawn = _replicates(weighted, len(judgments), resamples, random)
-    estimates = {name: _estimate(value, drawn[name]) for name, value in values.items()}
-    estimates["answered"] = _estimate(rows.n / len(judgments), drawn["answered"])
-
     bin_of = weighted.bins_of(one)[weighted.group, 0]
-    calibrated = _calibrated(rows, _totals(bin_of, bins), simulation)
-    ece = estimates["ece"]
-    if ece.value is not None and ece.high is not None:
-        within = ece.value <= numpy.quantile(calibrated, 0.975)
-        low = 0.0 if within else max(2 * ece.value - ece.high, 0.0)
-        estimates["ece"] = Estimate(value=ece.value, low=low, high=ece.high)
+    random, simulation = numpy.random.default_rng(seed).spawn(2)
+    calibrated = calibrated_errors(rows, bin_of, bins, CALIBRATED_DRAWS, simulation)
+    estimates = _estimates(rows, weighted, one, draw(len(judgments), rows.n, resamples, random), len(judgments))
+    estimates["ece"] = _mirrored(estimates["ece"], calibrated)
     quantiles = numpy.percentile([judgment.coverage for judgment in judged], COVERAGE_QUANTILES)
     histogram, _ = numpy.histogram(rows.confidence.clip(max=1.0), HISTOGRAM_BARS, (0.0, 1.0))
     return Measurement(
@@ -158,52 +140,161 @@ def measure(
     )
 
 
-class _Rows:
-    """Rows with a label: `gold` and `chosen` (n,) number labels; `probabilities` (n, labels), the others (n,)."""
-
-    def __init__(self, gold: Sequence[int], chosen: Sequence[int], probabilities: Sequence[list[float]]) -> None:
-        self.n = len(gold)
-        self.gold: Indices = numpy.array(gold)
-        self.chosen: Indices = numpy.array(chosen)
-        self.probabilities: Floats = numpy.array(probabilities)
-        self.correct: Floats = (self.gold == self.chosen).astype(float)
-        self.confidence: Floats = self.probabilities[numpy.arange(self.n), self.chosen]
-
-
-def _checked(judgments: Sequence[Judgment | RowError], gold: Sequence[str]) -> tuple[list[Judgment], _Rows]:
+def _checked(judgments: Sequence[Judgment | RowError], gold: Sequence[str]) -> tuple[list[Judgment], Rows]:
     """The rows that are no `RowError`, and of these the ones that have a label, as arrays."""
     check_rows("judgments", judgments)
-    pairs = []
-    for place, (judgment, right) in enumerate(zip(judgments, column("gold", gold, judgments), strict=True)):
-        if isinstance(judgment, Judgment):
-            pairs.append((place, judgment, right))
-        elif not isinstance(judgment, RowError):
+    golds = column("gold", gold, judgments)
+    judged: list[Judgment] = []
+    answered: list[tuple[int, int, list[float]]] = []  # place, number of the given label, probabilities
+    numbers: dict[str, int] = {}
+    for place, judgment in enumerate(judgments):
+        if isinstance(judgment, RowError):
+            continue
+        if not isinstance(judgment, Judgment):
             raise InvalidRequest(f"judgments come from judge, but row {place} is {judgment!r:.80}. Drop it.")
-    judged = [judgment for _, judgment, _ in pairs]
-    answered = [(judgment, right) for _, judgment, right in pairs if judgment.label is not None]
-    names = list(judged[0].probabilities) if judged else []
-    for place, judgment, right in pairs:
-        if judgment.probabilities.keys() != set(names):
+        numbers = numbers or {name: number for number, name in enumerate(judgment.probabilities)}
+        if judgment.probabilities.keys() != numbers.keys():
             raise InvalidRequest(
-                f"all rows have the same labels, but row {place} has {list(judgment.probabilities)!r:.80} and the "
-                f"first {names!r:.80}. Measure them apart."
+                f"all rows have the same labels, but row {place} has {list(judgment.probabilities)!r:.80} after "
+                f"{list(numbers)!r:.80}. Measure them apart."
             )
-        for role, name in (("right label", right), ("label", judgment.label or names[0])):
-            if name not in names:
-                raise InvalidRequest(
-                    f"a {role} is one of the judged labels, {names!r:.200}, but row {place} has {name!r:.80}. Rename it."
-                )
-        shares = judgment.probabilities.values()
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise InvalidRequest(f"probabilities sum to 1, but row {place} has {list(shares)!r:.80}. Divide by their sum.")
+        shares = [judgment.probabilities[name] for name in numbers]
+        if min(shares, default=-1.0) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise InvalidRequest(f"probabilities sum to 1, but row {place} has {shares!r:.80}. Divide by their sum.")
+        judged.append(judgment)
+        if judgment.label is not None:
+            answered.append((place, _number(numbers, "label", judgment.label, place), shares))
+    right = [_number(numbers, "right label", name, place) for place, name in enumerate(golds) if numbers]
     if not answered:
         raise InvalidRequest(
-            f"measuring needs a row that has a label, but of {len(judgments):,} rows {len(judgments) - len(judged):,} "
+            f"measuring needs a row with a label, but of {len(judgments):,} rows {len(judgments) - len(judged):,} "
             f"failed and {len(judged):,} abstained. Lower min_coverage, or mend the rows."
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    return judged, _Rows(
-        [numbers[str(right)] for _, right in answered],
-        [numbers[str(judgment.label)] for judgment, _ in answered],
-        [[judgment.probabilities[name] for name in names] for judgment, _ in answered],
+    places, chosen, probabilities = zip(*answered, strict=True)
+    return judged, Rows([right[place] for place in places], chosen, probabilities)
+
+
+def _number(numbers: dict[str, int], role: str, name: object, place: int) -> int:
+    if not isinstance(name, str) or name not in numbers:
+        raise InvalidRequest(
+            f"a {role} is one of the judged labels, {list(numbers)!r:.200}, but row {place} has {name!r:.80}. "
+            "Use a label's name, letter by letter."
+        )
+    return numbers[name]
+
+
+def _estimates(
+    rows: Rows, weighted: Weighted, one: Floats, resamples: Iterable[Floats], all_rows: int
+) -> dict[str, Estimate]:
+    values = {name: float(value[0]) for name, value in weighted.measures(one).items()}
+    values |= {"answered": rows.n / all_rows} | _by_sklearn(rows)
+    drawn: dict[str, list[Floats]] = {name: [] for name in values}
+    for weights in resamples:
+        for name, found in (weighted.measures(weights) | {"answered": weights.sum(axis=0) / all_rows}).items():
+            drawn[name].append(found)
+    return {name: _estimate(value, numpy.concatenate([[], *drawn[name]])) for name, value in values.items()}
+
+
+def _by_sklearn(rows: Rows) -> dict[str, float]:
+    """The values of those measures that are more than a mean; resamples of them come from `Weighted`."""
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    counts = numpy.bincount(rows.gold, minlength=rows.labels)
+    if min(counts) == 0 or rows.labels == 1:
+        area = math.nan
+    elif rows.labels == 2:
+        area = roc_auc_score(rows.gold == 0, rows.probabilities[:, 0])
+    else:
+        area = roc_auc_score(rows.gold, rows.probabilities, multi_class="ovr", average="macro")
+    f1 = f1_score(rows.gold, rows.chosen, average="macro", zero_division=0)
+    return {"macro_f1": float(f1), "auroc": float(area)}
+
+
+def _estimate(value: float, drawn: Floats) -> Estimate:
+    if math.isnan(value):
+        return Estimate(value=None)
+    defined = drawn[~numpy.isnan(drawn)]
+    if len(defined) == 0 or 2 * len(defined) < len(drawn):
+        return Estimate(value=value)
+    low, high = numpy.percentile(defined, (2.5, 97.5))
+    return Estimate(value=value, low=float(low), high=float(high))
+
+
+def _mirrored(ece: Estimate, calibrated: Floats) -> Estimate:
+    """The interval of the calibration error, as `Measurement` defines it."""
+    if ece.value is None or ece.high is None:
+        return ece
+    high = max(ece.value, ece.high)
+    within = ece.value <= numpy.percentile(calibrated, 97.5)
+    return Estimate(value=ece.value, low=0.0 if within else max(2 * ece.value - high, 0.0), high=high)
+
+
+def _reliability(rows: Rows, here: NDArray[numpy.bool_]) -> ReliabilityBin:
+    from scipy.stats import binomtest
+
+    n, right = int(here.sum()), int(rows.correct[here].sum())
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    accuracy = Estimate(value=right / n, low=float(interval.low), high=float(interval.high))
+    return ReliabilityBin(n=n, confidence=float(rows.confidence[here].mean()), accuracy=accuracy)
+
+
+def reliability_diagram(measurement: Measurement, path: str | Path) -> Path:
+    """Draw accuracy against confidence: the bins with their intervals over a histogram of all confidences.
+
+    Args:
+        measurement: From `measure`.
+        path: Where the picture goes, a ``.svg`` or ``.png``; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidRequest: For another suffix.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    path = Path(path)
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise InvalidRequest(f"a diagram is a .svg or a .png, but path ends in {path.suffix!r}. Rename it.")
+    bins, ece, bars = measurement.reliability, measurement.ece, len(measurement.histogram)
+    right, low, high = ([getattr(each.accuracy, name) for each in bins] for name in ("value", "low", "high"))
+    sure = [each.confidence for each in bins]
+    first = next(bar for bar, rows in enumerate(measurement.histogram) if rows) / bars
+    start = math.floor(10 * min(first, *low)) / 10  # what no row reaches is not shown
+
+    blue, ink, pale = "#2b6cb0", "#374151", "#d1d5db"
+    figure = Figure(figsize=(5, 6.6), dpi=200, layout="constrained", facecolor="white")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    above.plot([0, 1], [0, 1], color=ink, linestyle=(0, (4, 3)), linewidth=1, label="calibrated")
+    above.vlines(sure, low, high, color=blue, linewidth=4, alpha=0.3, label="95 % interval")
+    above.plot(
+        sure,
+        right,
+        "o",
+        color=blue,
+        markersize=6,
+        mec="white",
+        clip_on=False,
+        zorder=3,
+        label="rows of like confidence",
     )
+    above.set(ylabel="accuracy", xlim=(start, 1.01), ylim=(start, 1.01))
+    interval = "" if ece.low is None else f" ({ece.low:.3f} to {ece.high:.3f})"
+    above.set_title(
+        f"n = {measurement.n:,}, ECE {ece.value:.3f}{interval}\nif calibrated, ECE {measurement.ece_if_calibrated:.3f}",
+        loc="left", fontsize=11, color=ink, linespacing=1.5,
+    )  # fmt: skip
+    below.bar(
+        [bar / bars for bar in range(bars)], measurement.histogram, 1 / bars, align="edge", color=blue, ec="white"
+    )
+    below.set(xlabel="confidence", ylabel="rows")
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=pale, linewidth=0.5)
+        axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, columnspacing=1.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

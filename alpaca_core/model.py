@@ -70,7 +70,7 @@ class ModelInfo(Value):
 
     `digest` covers everything that can change a result, versions of libraries aside: base weights,
     tokenizer, adapters and their templates, quantization, dtype, merging. `memory_gib` is what the
-    weights take on their device, in GiB; `load_seconds` the load.
+    weights take on their device, in GiB; `load_seconds` the load, imports included.
     `rows_independent` says whether a row's result is the same in any company, bit for bit.
     """
 

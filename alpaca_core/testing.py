@@ -24,15 +24,14 @@ Reply = str | Mapping[str, float]
 """A reply, or several, each with its probability."""
 
 _EOS = 256
-_FLOOR = 1e-9
-"""Mass that a fake spreads evenly over all tokens, so that no probability is 0."""
 
 
 class FakeModel(LanguageModel):
     """A language model over bytes that knows its replies by heart.
 
     It is a real distribution over texts: `generate` draws from the replies, and `loglikelihood` adds up
-    those that go on in the same way, so that a verb's result can be worked out by hand.
+    those that go on in the same way, so that a verb's result can be worked out by hand. Of what no reply
+    begins with the probability is 0, so a judgment abstains on a text that was not foreseen.
 
     Args:
         replies: The reply to every prompt; or by a part of the prompt, the first part that is found; a
@@ -150,8 +149,8 @@ class FakeModel(LanguageModel):
             before = paths[parent] if parent >= 0 else ()
             paths.append((*before, token))
             whole = mass(before)
-            share = mass(paths[-1]) / whole if whole else 1 / (_EOS + 1)
-            scores.append(math.log((1 - _FLOOR) * share + _FLOOR / (_EOS + 1)))
+            share = mass(paths[-1]) / whole if whole else 0.0
+            scores.append(math.log(share) if share else -math.inf)
         return scores
 
 

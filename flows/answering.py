@@ -9,7 +9,8 @@ from pydantic import Field
 
 from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sampling, Verification
 from alpaca_core.answering import Steps, attempt, check_attempts
-from alpaca_core.spec import Value
+from alpaca_core.model import DEFAULT_ADAPTER
+from alpaca_core.spec import GREEDY, Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections
 from prefect_alpaca.tasks import Json
@@ -32,7 +33,8 @@ def answer_question(
     max_attempts: Annotated[int, Field(ge=1)] = 1,
     min_p_correct: Annotated[float, Field(ge=0, le=1)] = 0.5,
     conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
-    sampling: Sampling = Sampling(max_new_tokens=128),
+    sampling: Sampling = GREEDY,
+    adapter: str | None = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Answer questions: reason step by step, conclude, and ask the model whether that is right.
@@ -45,6 +47,7 @@ def answer_question(
         min_p_correct: P(correct), between 0 and 1, that ends the attempts.
         conclusion_tokens: Most tokens of a conclusion.
         sampling: How the tokens of reasoning and conclusion are chosen.
+        adapter: Which of the model's LoRA weights to use, by name; none for the bare base.
         model: Which model answers.
 
     Returns:
@@ -70,6 +73,7 @@ def answer_question(
         questions,
         sampling,
         reason=reason,
+        adapter=adapter,
         **settings,
     )
     rows = list(zip(questions, answers, strict=True))
@@ -102,7 +106,9 @@ def _section(answer: Answer | RowError) -> str:
     if answer.reasoning:
         parts += ["Reasoning:", quote(answer.reasoning)]
     if answer.final_answer:
-        parts += ["Conclusion:", quote(answer.answer)]
+        parts += ["Answer:", quote(answer.answer)]
+    if answer.finish_reason == "length":
+        parts.append("*Cut at its limit of tokens: the reasoning, the answer or both.*")
     return "\n\n".join(parts)
 
 

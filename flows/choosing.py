@@ -9,6 +9,7 @@ from pydantic import Field
 
 from alpaca_core import Completion, Judgment, ModelSpec, RowError, Sampling
 from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.rows import map_rows
 from alpaca_core.spec import Value
 from prefect_alpaca import tasks
@@ -50,6 +51,7 @@ def generate_and_judge(
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
+    adapter: str | None = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Generate candidates for each prompt, judge each by the model's logits, and pick the best.
@@ -61,6 +63,7 @@ def generate_and_judge(
         wanted: The label that good candidates get.
         candidates: Responses to each prompt to pick from; more than one needs a temperature above 0.
         sampling: How the candidates' tokens are chosen.
+        adapter: Which of the model's LoRA weights to use, by name; none for the bare base.
         model: Which model generates and judges.
 
     Returns:
@@ -86,10 +89,16 @@ def generate_and_judge(
     rows = list(product(prompts, range(candidates)))
     generated = tasks.values(
         Completion,
-        tasks.generate(model, [prompt for prompt, _ in rows], sampling, sample_indices=[index for _, index in rows]),
+        tasks.generate(
+            model,
+            [prompt for prompt, _ in rows],
+            sampling,
+            sample_indices=[index for _, index in rows],
+            adapter=adapter,
+        ),
     )
     texts = map_rows(_said, generated)
-    judged = tasks.values(Judgment, tasks.judge(model, texts, choices, instruction=instruction))
+    judged = tasks.values(Judgment, tasks.judge(model, texts, choices, instruction=instruction, adapter=adapter))
     found = map_rows(lambda judgment: _candidate(judgment, wanted), judged)
     picked = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
     leave(

@@ -25,14 +25,13 @@ from prefect_alpaca.flows import answer_question, judge_texts
 from prefect_alpaca.flows.terminal import answer_view, console, judgments_view, text
 
 EXAMPLES = Path("examples")
-LABELS = ["World", "Sports", "Business", "Technology"]
-INSTRUCTION = "Classify this headline."
 
 NEXT = """\
-  .venv/bin/alpaca judge "Is an alpaca a bird?"
-  .venv/bin/alpaca answer "What do alpacas eat?" --temperature 0.7 --max-attempts 3
-  .venv/bin/alpaca doctor
-  .venv/bin/prefect server start     # and then deploy the flows, as the README says
+  source .venv/bin/activate
+  alpaca judge "Is an alpaca a bird?"
+  alpaca answer "What do alpacas eat?" --temperature 0.7 --max-attempts 3
+  alpaca doctor
+  prefect server start               # then deploy the flows: see the README
 """
 
 
@@ -67,7 +66,7 @@ def main() -> None:
         console.print(answer_view(question, answer))
 
     console.print(Rule(f"judge-texts: {len(headlines)} headlines"))
-    judgments = judge_texts(headlines, LABELS, INSTRUCTION, show_labels=False, model=model)
+    judgments = judge_texts(headlines, model=model)
     console.print()
     console.print(judgments_view(headlines, tasks.values(Judgment, judgments)))
 

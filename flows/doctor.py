@@ -110,14 +110,17 @@ def _gpu() -> Check:
 
 def _files(spec: ModelSpec) -> Check:
     digests = verify_checkpoint(spec)
-    return Check("files", "ok", ", ".join(f"{name} is {digest[:12]}" for name, digest in digests.items()))
+    return Check("files", "ok", ", ".join(f"{name}: {digest[:12]} over all files" for name, digest in digests.items()))
 
 
 def _model(spec: ModelSpec) -> Check:
     with load_model(spec) as model:
         row = judge(model, ["Is this a question?"])[0]
         info = model.info
-    loaded = f"{info.name} on {info.device}, {info.memory_gib:.2f} GiB, loaded in {info.load_seconds:.1f} s"
+    loaded = (
+        f"{info.name} on {info.device}, {info.memory_gib:.2f} GiB, loaded in {info.load_seconds:.1f} s, "
+        f"digest {info.digest[:12]}"
+    )
     if not isinstance(row, Judgment):
         return Check("model", "broken", f"{loaded}, but {row.message}")
     return Check("model", "ok", f"{loaded}, and it judges")

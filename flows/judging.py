@@ -8,6 +8,7 @@ from pydantic import Field
 
 from alpaca_core import Judgment, ModelSpec, RowError
 from alpaca_core.judging import MOST_SAMPLES, Method
+from alpaca_core.model import DEFAULT_ADAPTER
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.options import label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
@@ -27,11 +28,13 @@ def judge_texts(
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
     labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
-    instruction: str | None = "Which topic is this headline about?",
-    show_labels: bool | None = None,
+    instruction: str | None = "Classify this headline.",
+    show_labels: bool | None = False,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    adapter: str | None = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge texts by the model's logits: a label, the probability of every label, and the coverage.
@@ -40,10 +43,12 @@ def judge_texts(
         texts: What is judged, one row each.
         labels: The choices, one row each; other words that mean the same may follow, as in Yes=y,true.
         instruction: The question about each text; without one each text is the question itself.
-        show_labels: Name the labels in the prompt; by default where there are at most 20 and they are not yes and no.
+        show_labels: Name the labels in the prompt, which large models need and small ones are led astray by.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
         method: Read the logits, or draw samples in words and count.
         samples: How many samples of each text are drawn where the method is sampled.
+        seed: Of the samples.
+        adapter: Which of the model's LoRA weights to use, by name; none for the bare base.
         model: Which model judges.
 
     Returns:
@@ -67,6 +72,8 @@ def judge_texts(
             min_coverage=min_coverage,
             method=method,
             samples=samples,
+            seed=seed,
+            adapter=adapter,
         ),
     )
     rows = list(zip(texts, judgments, strict=True))

@@ -52,8 +52,10 @@ def answer_view(question: str, row: Answer | RowError) -> RenderableType:
             parts.append(text(row.reasoning.strip(), "dim"))
         facts = Table.grid(padding=(0, 2))
         facts.add_row(Text("Answer", "green"), text(row.answer or "none", "bold"))
+        if row.finish_reason == "length":
+            facts.add_row("", Text("cut at its limit of tokens: the reasoning, the answer or both", "yellow"))
         if row.final_answer and row.final_answer != row.answer:
-            facts.add_row(Text("In short", "green"), text(row.final_answer, "bold"))
+            facts.add_row(Text("Final answer", "green"), text(row.final_answer, "bold"))
         if row.p_correct is not None:
             tries = f"  best of {row.attempts} attempts" if row.attempts > 1 else ""
             facts.add_row(Text("P(correct)", "green"), bar(row.p_correct) + tries)
@@ -71,7 +73,7 @@ def judgments_view(texts: Sequence[str], rows: Sequence[Judgment | RowError]) ->
         table.add_column(heading, no_wrap=True)
     for judged, row in zip(texts, rows, strict=True):
         if isinstance(row, RowError):
-            table.add_row(Group(text(judged), failure(row)))
+            table.add_row(Group(*([text(judged)] if judged.strip() else []), failure(row)))
         elif row.label is None:
             table.add_row(text(judged), Text("none", "yellow"), "", f"{row.coverage:.2g}")
         else:
@@ -85,7 +87,7 @@ def judgment_view(row: Judgment) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
         table.add_row(text(name, "bold" if name == row.label else ""), bar(share))
-    notes = [f"coverage {row.coverage:.2g}", *([row.reason] if row.reason else []), *row.notes]
+    notes = [f"no label: {row.reason}" if row.reason else f"coverage {row.coverage:.2g}", *row.notes]
     return Group(table, text("; ".join(notes), "dim"))
 
 
@@ -94,7 +96,7 @@ def tokens_view(content: str, tokens: Sequence[Token], best: Sequence[TokenProba
     table = _table(text(content, "bold"), "id", "piece", "text", "")
     for token in tokens:
         table.add_row(str(token.id), text(token.piece), text(repr(token.text)), "special" if token.special else "")
-    following = _table(text("likeliest next tokens", "bold"), "id", "piece", "text", "probability")
+    following = _table(text("likeliest first tokens of the response", "bold"), "id", "piece", "text", "probability")
     for token in best:
         following.add_row(str(token.id), text(token.piece), text(repr(token.text)), bar(token.probability))
     return Group(table, "", following) if best else table

@@ -1,4 +1,4 @@
-"""Prefect tasks, one per verb of `alpaca_core`: a `ModelSpec` where the core takes a model, JSON out."""
+"""Prefect tasks around the verbs of `alpaca_core`: a `ModelSpec` where the core takes a model, JSON out."""
 
 from prefect_alpaca.tasks.generation import chain_of_thought, conclude, generate
 from prefect_alpaca.tasks.judging import judge, verify

@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 import alpaca_core
 from alpaca_core import Label, ModelSpec, RowError
+from alpaca_core.calibration import Calibration
 from alpaca_core.judging import Method
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.spec import YES_NO, TemplateName
@@ -23,6 +24,7 @@ def judge(
     show_labels: bool | None = None,
     min_coverage: float = 0.0,
     all_segmentations: bool = False,
+    calibration: Calibration | None = None,
     method: Method = "logits",
     samples: int = 10,
     seed: int = 0,
@@ -39,6 +41,7 @@ def judge(
         show_labels=show_labels,
         min_coverage=min_coverage,
         all_segmentations=all_segmentations,
+        calibration=calibration,
         method=method,
         samples=samples,
         seed=seed,

@@ -67,7 +67,8 @@ def run_verb(
     logger.info("%s: %s in %.1f s by %s on %s", verb.__name__, batch, seconds, model.info.name, model.info.device)
     failed = [result for result in results if isinstance(result, RowError)]
     if failed:
-        logger.warning("%d of %s failed; the first: %s", len(failed), batch, failed[0].message)
+        first = next(place for place, result in enumerate(results, 1) if isinstance(result, RowError))
+        logger.warning("%d of %s failed; the first, row %d: %s", len(failed), batch, first, failed[0].message)
     return [result.model_dump(mode="json") for result in results]
 
 

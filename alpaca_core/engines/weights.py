@@ -47,13 +47,17 @@ class Weights:
     info: ModelInfo
 
 
-def load_weights(spec: ModelSpec) -> Weights:
+def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
     """Load a spec's base model and adapters onto their device.
+
+    Args:
+        spec: The recipe.
+        started: When the load began, by `time.perf_counter`; None is now.
 
     Raises:
         LoadError: As `alpaca_core.loading.load_model`.
     """
-    start = time.perf_counter()
+    started = time.perf_counter() if started is None else started
     device = _device(spec)
     dtype = _dtype(spec, device)
     base, adapters = find(spec)
@@ -97,7 +101,7 @@ def load_weights(spec: ModelSpec) -> Weights:
         adapters=tuple(adapter.info for adapter in adapters),
         revision=base.revision,
         memory_gib=network.get_memory_footprint() / _GIB,
-        load_seconds=time.perf_counter() - start,
+        load_seconds=time.perf_counter() - started,
     )
     return Weights(network, tokenizer, info)
 

@@ -111,6 +111,13 @@ def test_an_escape_in_any_step_is_told() -> None:
     assert not answer(fake, ["Capital?"], reason=False)[0].escaped
 
 
+def test_a_step_that_was_cut_is_told() -> None:
+    cut = Sampling(max_new_tokens=10)
+    assert answer(world(), ["Capital?"], cut, conclusion_tokens=64)[0].finish_reason == "length"
+    assert answer(world(), ["Capital?"], WARM, conclusion_tokens=8)[0].finish_reason == "length"
+    assert answer(world(), ["Capital?"], WARM)[0].finish_reason == "stop"
+
+
 def test_where_the_verifier_says_neither_there_is_no_probability() -> None:
     fake = FakeModel({"Is the proposed answer correct?": "Perhaps."}, otherwise="Bonn")
     checked = verify(fake, ["Capital?"], ["Bonn"], method="sampled")[0]

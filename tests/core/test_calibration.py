@@ -180,5 +180,5 @@ def test_samples_have_no_use_for_a_calibration() -> None:
 @pytest.mark.parametrize("fields", [{"scale": (1.0,)}, {"bias": ()}, {"scale": (1.0, -1.0)}, {"bias": (math.nan, 0.0)}])
 def test_a_calibration_that_is_none_is_refused(fields: dict[str, object]) -> None:
     whole = fit_calibration(SKEWED, TEXTS, LABELS).model_dump(mode="json")
-    with pytest.raises(ValueError, match="scale|bias"):
+    with pytest.raises(ValueError, match=r"scale|bias"):
         Calibration.model_validate(whole | fields)

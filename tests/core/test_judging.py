@@ -76,6 +76,11 @@ def test_samples_that_spell_no_label_abstain() -> None:
     assert math.fsum(judgment.probabilities.values()) == pytest.approx(1.0)
 
 
+def test_a_text_that_a_fake_did_not_foresee_abstains() -> None:
+    rows = judge(FakeModel({"rain": {"wet": 1.0}}), ["rain", "snow"], ["wet", "dry"])
+    assert [(row.label, row.coverage) for row in rows] == [("wet", 1.0), (None, 0.0)]
+
+
 def test_a_bad_row_costs_itself_only() -> None:
     rows = ["Is it so?", None, "", " \n", "\ud800", 3, float("nan"), ["x"], "Is it so?"]
     judged = judge(FakeModel({"Yes": 0.9, "No": 0.1}), rows)

@@ -94,7 +94,7 @@ def test_an_adapter_is_no_base_model(base: Path) -> None:
 
 def test_what_is_no_model_is_not_found(base: Path, tmp_path: Path) -> None:
     for nothing in (tmp_path / "nothing", "./nothing", "~/nothing/at/all", "nothing.gguf", "a b/c", "a/b/c"):
-        with pytest.raises(ModelNotFound, match="Check the"):
+        with pytest.raises(ModelNotFound, match="Check the path"):
             find(nothing)
     with pytest.raises(ModelNotFound, match="Name the folder"):
         find(base / "config.json")

@@ -81,7 +81,7 @@ def test_rows_that_failed_are_counted_in_a_warning(caplog: pytest.LogCaptureFixt
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     failed = [row for row in tasks.values(Judgment, rows) if isinstance(row, RowError)]
     assert len(failed) == 2
-    assert warnings == [f"2 of 4 rows failed; the first: {failed[0].message}"]
+    assert warnings == [f"2 of 4 rows failed; the first, row 2: {failed[0].message}"]
 
 
 @pytest.mark.usefixtures("prefect_api")
