@@ -9,6 +9,7 @@ from alpaca_core.calibration import Calibration
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.labels import log_sum
 from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
+from alpaca_core.prompts import TEXT
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
 from alpaca_core.spec import YES_NO, Label, Sampling, TemplateName, Value
 
@@ -64,7 +65,7 @@ def judge(
         model: From `load_model`.
         texts: What is judged; without `instruction` each text is the instruction itself.
         labels: At least two; a text, or a `Label` with aliases. Yes and no unless said.
-        instruction: The question about every text, which is then its input.
+        instruction: The question about every text, which is then its input, or stands where it says ``{text}``.
         show_labels: Whether the prompt names the labels; by default where there are at most 20 and they
             are not yes and no.
         min_coverage: Abstain below this coverage, between 0 and 1. Coverage is no measure of being right:
@@ -124,8 +125,14 @@ def judge(
 
 
 def question(instruction: str | None) -> Callable[[str], Slots]:
-    """Return how `judge` puts a text into a question: with an instruction it is the input, without it the question."""
-    return lambda text: (text, None) if instruction is None else (instruction, text)
+    """Return how `judge` puts a text into a question: an instruction, and the input that it works on."""
+
+    def slots(text: str) -> Slots:
+        if instruction is None:
+            return text, None
+        return (instruction.replace(TEXT, text), None) if TEXT in instruction else (instruction, text)
+
+    return slots
 
 
 def check_instruction(instruction: object) -> None:

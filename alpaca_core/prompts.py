@@ -46,6 +46,18 @@ VERIFY_WITH_REASONING = (
     "Is the proposed answer correct? Answer yes or no."
 )
 
+TEXT = "{text}"
+"""Where a judge's instruction takes the text that is judged; without it the text is the instruction's input."""
+
+# To go on with, not to obey: small models know a category where one is about to follow.
+CLASSIFY = "Text: {text}\nCategory:"
+SAME_MEANING = "Do these two sentences mean the same thing?"
+PAIR = "Sentence 1: {first}\nSentence 2: {second}"
+# The examples come first, so that all rows share them.
+IS_OUTLIER = "These texts are of one kind:\n{reference}\n\nIs the next of that kind, too?\n{text}\nAnswer yes or no."
+# G-Eval's form, Liu et al. 2023, arXiv 2303.16634, section 2: a criterion and a scale.
+RATE = "{criterion}\nText: {text}\nRate it from {worst} (worst) to {best} (best). Answer with a number."
+
 NO_ANSWER = "(no answer)"
 """What the verifier is shown where the model ended without a word."""
 

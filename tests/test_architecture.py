@@ -54,6 +54,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.measuring",
     "alpaca_core.bootstrap",
     "alpaca_core.verification",
+    "alpaca_core.uses",
     "alpaca_core.fitting",
     "alpaca_core.deciding",
     "alpaca_core.judging",

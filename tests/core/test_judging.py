@@ -37,6 +37,13 @@ def test_a_text_is_the_instruction_unless_there_is_one() -> None:
     assert judge(fake, ["rain"], instruction="Is it dry?")[0].label == "No"
 
 
+def test_an_instruction_may_say_where_the_text_stands() -> None:
+    fake = FakeModel({"Weather: {text} cloud?": {"Yes": 0.9, "No": 0.1}}, otherwise="No")
+    placed = judge(fake, ["{text} cloud"], instruction="Weather: {text}?")[0]
+    assert placed.probabilities == judge(fake, ["Weather: {text} cloud?"])[0].probabilities
+    assert placed.label == "Yes"
+
+
 def test_labels_stand_in_the_prompt_by_default_unless_they_are_yes_and_no() -> None:
     fake = FakeModel({"Answer with one of: wet, dry.": "wet", "### Response:": "dry"})
     assert judge(fake, ["?"], ["wet", "dry"])[0].label == "wet"
