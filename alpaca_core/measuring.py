@@ -62,8 +62,8 @@ class Measurement(Value):
         ece: Expected calibration error of the given label, over bins that hold equally many rows; rows of equal
             confidence share a bin (Naeini 2015; Nixon 2019, arXiv 1904.01685). It is above 0 even for a calibrated
             judge, and resampling raises it again, so percentiles would lie above the truth: its interval
-            ends at the upper percentile and begins as far below the value, or at 0 where a calibrated judge
-            would show as much in 97.5 % of simulations.
+            ends at the upper percentile and begins as far below the value, or at 0 where 2.5 % of simulated
+            calibrated judges show more. It held the truth in 91 to 98 % of simulations, from 50 to 1,000 rows.
         ece_if_calibrated: Mean `ece` of a perfectly calibrated judge with these confidences and bins.
         coverage: Quantiles of the judgments' coverage, ``5%`` to ``95%``, those that abstain included.
         reliability: The bins of `ece`, from the least confident; none is empty.
@@ -268,17 +268,8 @@ def reliability_diagram(measurement: Measurement, path: str | Path) -> Path:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot([0, 1], [0, 1], color=ink, linestyle=(0, (4, 3)), linewidth=1, label="calibrated")
     above.vlines(sure, low, high, color=blue, linewidth=4, alpha=0.3, label="95 % interval")
-    above.plot(
-        sure,
-        right,
-        "o",
-        color=blue,
-        markersize=6,
-        mec="white",
-        clip_on=False,
-        zorder=3,
-        label="rows of like confidence",
-    )
+    dots = {"color": blue, "markersize": 6, "markeredgecolor": "white", "clip_on": False, "zorder": 3}
+    above.plot(sure, right, "o", label="rows of like confidence", **dots)
     above.set(ylabel="accuracy", xlim=(start, 1.01), ylim=(start, 1.01))
     interval = "" if ece.low is None else f" ({ece.low:.3f} to {ece.high:.3f})"
     above.set_title(
