@@ -67,8 +67,13 @@ def complete(
 ) -> list[Completion | RowError]:
     """Generate a response for each (instruction, input) pair; errors among the pairs stay where they are."""
     indices = [0] * len(slots) if sample_indices is None else column("sample_indices", sample_indices, slots)
-    if any(not isinstance(index, int) or index < 0 for index in indices):
-        raise InvalidRequest(f"sample_indices are whole numbers, but got {list(indices)!r:.80}. Count from 0.")
+    for place, index in enumerate(indices):
+        if not isinstance(index, int) or not 0 <= index < 2**64:
+            raise InvalidRequest(
+                f"sample_indices are whole numbers from 0 to 2**64 - 1, but that of row {place:,} is not. Count from 0."
+            )
+    if not isinstance(sampling, Sampling):
+        raise InvalidRequest(f"sampling is a Sampling, but got {sampling!r:.80}. Leave it out for greedy responses.")
     writer = template_of(model, template, adapter)
     prompts = map_rows(lambda slot: writer.encode(*slot), slots)
     rows = map_rows(lambda prompt, index: GenerateRow(prompt.ids, sampling, index, adapter), prompts, indices)

@@ -175,7 +175,7 @@ class Sampling(Value):
     top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
     top_p: float | None = Field(default=None, gt=0.0, lt=1.0, description="Keep the likeliest tokens up to this mass.")
     num_beams: int = Field(default=1, ge=1, le=64, description="Beams kept side by side; 1 is no beam search.")
-    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of one response.")
+    max_new_tokens: int = Field(default=256, ge=1, le=1_000_000, description="Most tokens of one response.")
     seed: int = Field(default=0, ge=0, lt=2**64, description="Same seed, prompt and sample index: same tokens.")
 
     @model_validator(mode="after")

@@ -40,3 +40,14 @@ def test_a_low_temperature_comes_near_the_likeliest_reply() -> None:
 def test_a_fake_without_a_distribution_is_refused(replies: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest, match="probabilities"):
         FakeModel(replies)
+
+
+@pytest.mark.parametrize("index", [-1, 2**64, 10**5000, 1.5, "1", None], ids=lambda index: str(type(index)))
+def test_a_sample_index_that_counts_nothing_is_refused(index: object) -> None:
+    with pytest.raises(InvalidRequest, match="that of row 1 is not"):
+        generate(FakeModel("a"), ["?", "?"], sample_indices=[0, index])
+
+
+def test_sampling_is_a_value() -> None:
+    with pytest.raises(InvalidRequest, match="sampling is a Sampling"):
+        generate(FakeModel("a"), ["?"], None)
