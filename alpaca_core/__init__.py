@@ -7,25 +7,33 @@ Importing this package imports no torch; `load_model` does, once it loads.
 """
 
 from alpaca_core.answering import Answer, answer
+from alpaca_core.calibration import Calibration
+from alpaca_core.fitting import fit_calibration
 from alpaca_core.generation import generate
 from alpaca_core.judging import Judgment, judge
 from alpaca_core.loading import load_model
+from alpaca_core.measuring import Measurement, measure
 from alpaca_core.model import Completion, LanguageModel, ModelInfo, RowError
 from alpaca_core.reasoning import Conclusion, chain_of_thought, conclude, final_answer
 from alpaca_core.spec import Label, ModelSpec, NamedAdapter, Sampling
 from alpaca_core.tokens import Token, TokenProbability, describe_tokens, next_tokens, show_tokens, special_tokens
+from alpaca_core.uses import Outlier, Rating, classify, is_outlier, rate, same_meaning
 from alpaca_core.verification import Verification, verify
 
 __all__ = [
     "Answer",
+    "Calibration",
     "Completion",
     "Conclusion",
     "Judgment",
     "Label",
     "LanguageModel",
+    "Measurement",
     "ModelInfo",
     "ModelSpec",
     "NamedAdapter",
+    "Outlier",
+    "Rating",
     "RowError",
     "Sampling",
     "Token",
@@ -33,13 +41,19 @@ __all__ = [
     "Verification",
     "answer",
     "chain_of_thought",
+    "classify",
     "conclude",
     "describe_tokens",
     "final_answer",
+    "fit_calibration",
     "generate",
+    "is_outlier",
     "judge",
     "load_model",
+    "measure",
     "next_tokens",
+    "rate",
+    "same_meaning",
     "show_tokens",
     "special_tokens",
     "verify",
