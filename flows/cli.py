@@ -23,18 +23,21 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
 from alpaca_core import (
+    Calibration,
     Label,
     LanguageModel,
     RowError,
     Token,
     TokenProbability,
     answer,
+    fit_calibration,
     generate,
     judge,
     load_model,
     next_tokens,
     show_tokens,
 )
+from alpaca_core.calibration import CalibrationMethod
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.loading import import_adapter
@@ -45,6 +48,7 @@ from prefect_alpaca.flows.doctor import Check, examine
 from prefect_alpaca.flows.options import (
     Parser,
     label_of,
+    labelled_texts,
     model_options,
     one_line,
     row_options,
@@ -120,9 +124,26 @@ def _parser() -> Parser:
     add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
     add("--min-coverage", type=float, default=0.0, metavar="P", help="give no label below this coverage (default 0)")
     add("--all-segmentations", action="store_true", help="count every way to cut a label into tokens")
+    add(
+        "--calibration",
+        metavar="NAME",
+        help="a file of `alpaca calibrate`, or a name that it saved at the Prefect server",
+    )
     add("--method", choices=get_args(Method), default="logits", help="read the logits (default), or sample and count")
     add("--samples", type=int, default=10, metavar="N", help="samples a text where the method is sampled (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+
+    about = "fit a calibration of a question on texts, with or without their right labels"
+    add = command("calibrate", "FILE", _calibrate, about, model)
+    add("file", metavar="FILE", help='JSON Lines of {"text": ..., "label": ...}, the label where it is known')
+    about = "as for judge; once for each (default: Yes=y,true and No=n,false)"
+    add("--label", dest="labels", action="append", type=_label, metavar="NAME[=ALIAS,...]", help=about)
+    add("--instruction", metavar="TEXT", help="as for judge")
+    add("--show-labels", action=argparse.BooleanOptionalAction, help="as for judge")
+    add("--method", choices=get_args(CalibrationMethod), help="how to fit (default: the best on the labelled rows)")
+    add("--out", type=Path, metavar="FILE", help="write it here; `alpaca judge --calibration FILE` reads it")
+    add("--name", metavar="NAME", help="save it under this name at the Prefect server")
+    add("--json", action="store_true", help="print it as one JSON object")
 
     add = command("tokens", "TEXT ...", _tokens, "show each text as the model's tokens", rows, model)
     add("--next", type=int, default=0, metavar="N", help="also the N likeliest next tokens, with the text as prompt")
@@ -183,6 +204,7 @@ def _answer(options: argparse.Namespace) -> int:
 def _judge(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
     labels = options.labels or YES_NO
+    calibration = _saved_calibration(options.calibration) if options.calibration else None
     with _model(options) as model, _progress("judge", len(texts)) as progress:
         rows = judge(
             model,
@@ -192,12 +214,49 @@ def _judge(options: argparse.Namespace) -> int:
             show_labels=options.show_labels,
             min_coverage=options.min_coverage,
             all_segmentations=options.all_segmentations,
+            calibration=calibration,
             method=options.method,
             samples=options.samples,
             seed=options.seed,
             progress=progress,
         )
     return _print(options, rows, lambda: [terminal.judgments_view(texts, rows)])
+
+
+def _saved_calibration(name: str) -> Calibration:
+    if Path(name).is_file():
+        return Calibration.model_validate_json(Path(name).read_bytes())
+    from prefect_alpaca.tasks.calibrations import load_calibration
+
+    with _quiet(f"Asking the Prefect server for {name} …"):
+        return load_calibration(name)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    texts, gold = labelled_texts(options.file)
+    with _model(options) as model, _progress("calibrate", len(texts)) as progress:
+        fitted = fit_calibration(
+            model,
+            texts,
+            options.labels or YES_NO,
+            gold,
+            method=options.method,
+            instruction=options.instruction,
+            show_labels=options.show_labels,
+            progress=progress,
+        )
+    if options.out:
+        options.out.write_text(fitted.model_dump_json(indent=2), encoding="utf-8")
+    if options.name:
+        from prefect_alpaca.tasks.calibrations import save_calibration
+
+        with _quiet(f"Saving {options.name} at the Prefect server …"):
+            save_calibration(options.name, fitted)
+    if options.json:
+        _print_json(fitted.model_dump(mode="json"))
+    else:
+        terminal.console.print(terminal.calibration_view(fitted))
+    return 0
 
 
 def _tokens(options: argparse.Namespace) -> int:

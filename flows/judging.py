@@ -14,6 +14,7 @@ from prefect_alpaca.flows.options import label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
 from prefect_alpaca.flows.terminal import printable
 from prefect_alpaca.tasks import Json
+from prefect_alpaca.tasks.calibrations import load_calibration
 from prefect_alpaca.tasks.rows import counted
 
 
@@ -31,6 +32,7 @@ def judge_texts(
     instruction: str | None = "Classify this headline.",
     show_labels: bool | None = False,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    calibration: str | None = None,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10,
     seed: Annotated[int, Field(ge=0)] = 0,
@@ -45,6 +47,7 @@ def judge_texts(
         instruction: The question about each text; without one each text is the question itself.
         show_labels: Name the labels in the prompt, which large models need and small ones are led astray by.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
+        calibration: Name of a calibration that was saved for this model, question and labels.
         method: Read the logits, or draw samples in words and count.
         samples: How many samples of each text are drawn where the method is sampled.
         seed: Of the samples.
@@ -60,6 +63,7 @@ def judge_texts(
     instruction = instruction if instruction and instruction.strip() else None  # a form sends an emptied field as ""
     choices = [label_of(label) for label in labels]
     names = [label_name(label) for label in choices]
+    calibrated = load_calibration(calibration) if calibration else None
     status = tasks.load_model(model)
     judgments = tasks.values(
         Judgment,
@@ -70,6 +74,7 @@ def judge_texts(
             instruction=instruction,
             show_labels=show_labels,
             min_coverage=min_coverage,
+            calibration=calibrated,
             method=method,
             samples=samples,
             seed=seed,
@@ -83,6 +88,11 @@ def judge_texts(
         "The label of each text, its probability, and the coverage: the model's mass on all labels together.",
         status,
         (f"{quote(instruction)}\n\n" if instruction else "")
+        + (
+            f"Calibrated by {inline(calibration)}, digest {calibrated.digest[:12]}\n\n"
+            if calibration and calibrated
+            else ""
+        )
         + table(["Label", "Probability", "Coverage", "Text"], [_cells(text, judgment) for text, judgment in rows]),
         [_table_row(text, judgment, names) for text, judgment in rows],
         judgments,

@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from alpaca_core import Label, ModelSpec, Sampling
 from alpaca_core.errors import InvalidRequest
@@ -117,6 +118,40 @@ def _lines() -> list[str]:
         raise InvalidRequest("- reads standard input, but that is closed. Pipe lines into it, or give texts.")
     lines = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def labelled_texts(path: str) -> tuple[list[str], list[str] | None]:
+    """Read a file of JSON Lines: its texts, and their right labels where every line has one.
+
+    Args:
+        path: The file, or ``-`` for standard input.
+
+    Raises:
+        InvalidRequest: If it cannot be read, or a line is no object with a ``text``.
+    """
+    try:
+        lines = _lines() if path == "-" else Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} must be a file of JSON Lines in UTF-8, but: {error}. Check the path.") from error
+    rows = [_labelled(place, line) for place, line in enumerate(lines, 1) if line.strip()]
+    gold = [row.label for row in rows if row.label is not None]
+    if gold and len(gold) < len(rows):
+        raise InvalidRequest(f'either every line has a "label" or none, but {path} has both. Keep one kind.')
+    return [row.text for row in rows], gold or None
+
+
+class _Labelled(BaseModel):
+    text: str
+    label: str | None = None
+
+
+def _labelled(place: int, line: str) -> _Labelled:
+    try:
+        return _Labelled.model_validate_json(line)
+    except ValidationError as error:
+        raise InvalidRequest(
+            f'a line is a JSON object with a "text" and perhaps a "label", but line {place} is {line!r:.80}. Mend it.'
+        ) from error
 
 
 def one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from alpaca_core import Answer, Completion, Judgment, RowError, Token, TokenProbability
+from alpaca_core import Answer, Calibration, Completion, Judgment, RowError, Token, TokenProbability
 
 console = Console(highlight=False)
 
@@ -89,6 +89,14 @@ def judgment_view(row: Judgment) -> RenderableType:
         table.add_row(text(name, "bold" if name == row.label else ""), bar(share))
     notes = [f"no label: {row.reason}" if row.reason else f"coverage {row.coverage:.2g}", *row.notes]
     return Group(table, text("; ".join(notes), "dim"))
+
+
+def calibration_view(calibration: Calibration) -> RenderableType:
+    """Show what a calibration does to each label, and why it was chosen."""
+    table = _table(text(calibration.method, "bold"), "label", "scale", "bias")
+    for name, scale, bias in zip(calibration.bound.labels, calibration.scale, calibration.bias, strict=True):
+        table.add_row(text(name), f"{scale:.3f}", f"{bias:+.3f}")
+    return Group(table, text(f"{calibration.rows} rows; {calibration.reason}", "dim"))
 
 
 def tokens_view(content: str, tokens: Sequence[Token], best: Sequence[TokenProbability]) -> RenderableType:

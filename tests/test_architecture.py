@@ -26,6 +26,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.options",
     "prefect_alpaca.flows.terminal",
     "prefect_alpaca.tasks",
+    "prefect_alpaca.tasks.calibrations",
     "prefect_alpaca.tasks.loading",
     "prefect_alpaca.tasks.generation",
     "prefect_alpaca.tasks.judging",

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import alpaca_core
-from alpaca_core import Label, LanguageModel, ModelSpec, Sampling
+from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import cli, terminal
@@ -291,7 +291,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 7
+    assert len(parsers) == 8
 
 
 def test_import_adapter_says_where_the_result_lies(
@@ -317,3 +317,69 @@ def test_the_embedded_model_judges_from_a_shell() -> None:
     assert [row["text"] for row in rows] == ["Is ice cold?", "Is fire cold?"]
     assert [sum(row["probabilities"].values()) for row in rows] == pytest.approx([1, 1])
     assert all(0 < row["coverage"] <= 1 for row in rows)
+
+
+def labelled(folder: Path, *rows: object) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+LABELLED = [{"text": f"Topic? {number}", "label": ["Sports", "World"][number % 2]} for number in range(12)]
+TOPICS = ["--label", "Sports", "--label", "World", "--instruction", "About?"]
+
+
+def test_a_calibration_is_fitted_written_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "topics.json"
+    assert cli.main(["calibrate", labelled(tmp_path, *LABELLED), *TOPICS, "--out", str(written), "--json"]) == 0
+    (fitted,) = objects(capsys.readouterr().out)
+    assert fitted == json.loads(written.read_text())
+    assert (fitted["rows"], fitted["bound"]["labels"]) == (12, ["Sports", "World"])
+    assert cli.main(["judge", "Topic? x", *TOPICS, "--calibration", str(written), "--json"]) == 0
+    (row,) = objects(capsys.readouterr().out)
+    expected = alpaca_core.judge(
+        FAKE, ["Topic? x"], ["Sports", "World"], instruction="About?", calibration=Calibration.model_validate(fitted)
+    )
+    assert row == expected[0].model_dump(mode="json")
+
+
+def test_without_labels_the_texts_alone_are_fitted_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [{"text": row["text"], "other": 1} for row in LABELLED]
+    assert cli.main(["calibrate", labelled(tmp_path, *texts), *TOPICS]) == 0
+    printed = capsys.readouterr().out
+    assert "batch" in printed
+    assert "12 rows" in printed
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_calibration_is_saved_and_used_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", labelled(tmp_path, *LABELLED), *TOPICS, "--name", "topics-cli"]) == 0
+    assert cli.main(["judge", "Topic? x", *TOPICS, "--calibration", "topics-cli", "--json"]) == 0
+    assert objects(capsys.readouterr().out.splitlines()[-1])[0]["calibration"]
+    assert cli.main(["judge", "Topic? x", *TOPICS, "--calibration", "none-such"]) == 2
+    assert "no calibration named 'none-such'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((*LABELLED, "{"), "line 13 is '{'"),
+        ((*LABELLED, {"label": "World"}), "line 13"),
+        ((*LABELLED, {"text": "Topic?"}), "has both"),
+        (({"text": "Topic?", "label": "Sports"},), "10 rows at least"),
+        (({**LABELLED[0], "label": "Weather"}, *LABELLED), "'Weather' is none"),
+    ],
+)
+def test_what_cannot_be_fitted_on_is_one_line(
+    rows: tuple[object, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", labelled(tmp_path, *rows), *TOPICS]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("alpaca: ")
+    assert message in error
+
+
+def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["judge", "x", "--calibration", labelled(tmp_path, {"a": 1})]) == 2
+    assert cli.main(["calibrate", str(tmp_path / "absent")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -4,9 +4,11 @@ import pytest
 
 import alpaca_core
 from alpaca_core import Judgment, Label
+from alpaca_core.errors import InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import judge_texts
 from prefect_alpaca.tasks import use_model, values
+from prefect_alpaca.tasks.calibrations import save_calibration
 
 from .conftest import Left
 
@@ -56,3 +58,26 @@ def test_labels_of_odd_letters_leave_a_table(left: Left) -> None:
 def test_the_defaults_run_as_they_are() -> None:
     with use_model(FakeModel({"": {"World": 0.5, "Sports": 0.5}})):
         assert len(judge_texts()) == 2
+
+
+def test_a_calibration_is_chosen_by_its_name(left: Left) -> None:
+    settings = {"instruction": "Which topic?", "show_labels": False}
+    fitted = alpaca_core.fit_calibration(FAKE, ["A late goal"] * 10, CHOICES, **settings)
+    save_calibration("topics", fitted)
+    with use_model(FAKE):
+        rows = judge_texts(TEXTS, LABELS, "Which topic?", calibration="topics")
+        assert values(Judgment, rows) == alpaca_core.judge(FAKE, TEXTS, CHOICES, calibration=fitted, **settings)
+        assert rows[0]["calibration"] == fitted.digest
+        with pytest.raises(InvalidRequest, match="question"):
+            judge_texts(TEXTS, LABELS, "Another question?", calibration="topics")
+    with pytest.raises(InvalidRequest, match="no calibration named"):
+        judge_texts(TEXTS, LABELS, calibration="none-such")
+
+
+def test_the_page_says_that_probabilities_are_calibrated(left: Left) -> None:
+    fitted = alpaca_core.fit_calibration(FAKE, ["A late goal"] * 10, CHOICES, instruction="Topic?", show_labels=False)
+    save_calibration("shown", fitted)
+    with use_model(FAKE):
+        judge_texts(TEXTS, LABELS, "Topic?", calibration="shown")
+    _, page, _ = left("judge-texts")
+    assert f"shown, digest {fitted.digest[:12]}" in page
