@@ -8,6 +8,7 @@ Importing this package imports no torch; `load_model` does, once it loads.
 
 from alpaca_core.answering import Answer, answer
 from alpaca_core.calibration import Calibration
+from alpaca_core.deciding import Decision, Policy, decide, fit_policy
 from alpaca_core.fitting import fit_calibration
 from alpaca_core.generation import generate
 from alpaca_core.judging import Judgment, judge
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "Completion",
     "Conclusion",
+    "Decision",
     "Judgment",
     "Label",
     "LanguageModel",
@@ -33,6 +35,7 @@ __all__ = [
     "ModelSpec",
     "NamedAdapter",
     "Outlier",
+    "Policy",
     "Rating",
     "RowError",
     "Sampling",
@@ -43,9 +46,11 @@ __all__ = [
     "chain_of_thought",
     "classify",
     "conclude",
+    "decide",
     "describe_tokens",
     "final_answer",
     "fit_calibration",
+    "fit_policy",
     "generate",
     "is_outlier",
     "judge",

@@ -136,9 +136,7 @@ def _figures(measured: Measurement) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """Write the figures as a Markdown table."""
-    lines = [
-        "| set, rows, items/s | calibration | accuracy | AUROC | ECE | ECE if calibrated | NLL | median coverage |"
-    ]
+    lines = ["| set, rows, items/s | calibration | accuracy | AUROC | ECE | if calibrated | NLL | median coverage |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, found in figures["sets"].items():
         for method, row in found["methods"].items():
@@ -158,7 +156,7 @@ def table(figures: dict[str, Any]) -> str:
 def _written(estimate: dict[str, float | None]) -> str:
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
