@@ -14,6 +14,9 @@ from alpaca_core.rows import Progress, check_rows, map_rows
 from alpaca_core.spec import GREEDY, Sampling, TemplateName, Value
 from alpaca_core.verification import Verification
 
+MOST_ATTEMPTS = 1_000
+"""Attempts at one question."""
+
 
 class Answer(Value):
     """An answer, how it came about, and how sure the model is of it.
@@ -164,9 +167,15 @@ def check_attempts(
     """
     if not isinstance(min_p_correct, int | float) or not 0.0 <= min_p_correct <= 1.0:
         raise InvalidRequest(f"min_p_correct lies between 0 and 1, but got {min_p_correct!r:.80}. Use 0.5.")
-    for name, value in (("max_attempts", max_attempts), ("conclusion_tokens", conclusion_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidRequest(f"{name} is a whole number, at least 1, but got {value!r:.80}. Raise it.")
+    if not isinstance(sampling, Sampling):
+        raise InvalidRequest(f"sampling is a Sampling, but got {sampling!r:.80}. Leave it out for greedy responses.")
+    for name, value, most in (
+        ("max_attempts", max_attempts, MOST_ATTEMPTS),
+        ("conclusion_tokens", conclusion_tokens, 1_000_000),
+    ):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            given = value if isinstance(value, float) else f"a {type(value).__name__} beyond it"
+            raise InvalidRequest(f"{name} is a whole number from 1 to {most:,}, but got {given}. Change it.")
     if max_attempts > 1 and (sampling.temperature == 0 or not verify):
         raise InvalidRequest(
             f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "

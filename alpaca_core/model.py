@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 from pydantic import Field
 
-from alpaca_core.errors import RowRejected
+from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.spec import Sampling, TemplateName, Value
 from alpaca_core.tokenizer import Tokenizer
 
@@ -178,6 +178,18 @@ class LanguageModel(Protocol):
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
         ...
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no loaded model: a `ModelSpec` is the usual slip, since tasks take one.
+
+    Raises:
+        InvalidRequest: With what it is.
+    """
+    if not all(hasattr(model, name) for name in ("info", "tokenizer", "generate", "loglikelihood")):
+        raise InvalidRequest(
+            f"model is a loaded model, but got {model!r:.80}. Write `with load_model(spec) as model:` around the call."
+        )
 
 
 def check_fits(prompt_tokens: int, new_tokens: int, info: ModelInfo, setting: str = "max_new_tokens") -> None:

@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from alpaca_core.errors import InvalidRequest, RowRejected
-from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel
+from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, check_model
 from alpaca_core.spec import Label, TemplateName
 from alpaca_core.tokenizer import Tokenizer
 
@@ -177,9 +177,13 @@ def template_of(model: LanguageModel, template: TemplateName | None, adapter: st
     Raises:
         InvalidRequest: For an unknown adapter or template, or ``chat`` on a model without a chat template.
     """
-    if template is not None and template not in get_args(TemplateName):
+    check_model(model)
+    if template is not None and not (isinstance(template, str) and template in get_args(TemplateName)):
         known = ", ".join(get_args(TemplateName))
-        raise InvalidRequest(f"template is one of {known}, but got {template!r:.80}. Name one of them, or None.")
+        given = repr(template)[:80] if isinstance(template, str) else type(template).__name__
+        raise InvalidRequest(f"template is one of {known}, but got {given}. Name one of them, or None.")
+    if adapter is not None and not isinstance(adapter, str):
+        raise InvalidRequest(f"adapter is the name of LoRA weights, or None, but got a {type(adapter).__name__}.")
     try:
         used = model.info.adapter(adapter)
     except RowRejected as error:

@@ -6,11 +6,14 @@ from operator import index
 import numpy
 
 from alpaca_core.errors import InvalidRequest, RowRejected
-from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Trie
+from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Trie, check_model
 from alpaca_core.prompts import template_of, user_text
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
 from alpaca_core.spec import TemplateName, Value
 from alpaca_core.tokenizer import Tokenizer
+
+MOST_TOKENS = 100_000
+"""Tokens of one text that are shown; each is a value of its own."""
 
 
 class Token(Value):
@@ -43,11 +46,17 @@ def show_tokens(model: LanguageModel, texts: Sequence[str | RowError]) -> list[t
         >>> [token.text for token in show_tokens(FakeModel(""), ["paca"])[0]]
         ['p', 'a', 'c', 'a']
     """
+    check_model(model)
     check_rows("texts", texts)
     tokenizer = model.tokenizer
 
     def split(text: object) -> tuple[Token, ...]:
         ids = [*tokenizer.prefix_ids, *tokenizer.encode(user_text("a text", text))]
+        if len(ids) > MOST_TOKENS:
+            raise RowRejected(
+                "prompt_too_long",
+                f"a text of at most {MOST_TOKENS:,} tokens is shown, but this one has {len(ids):,}. Show a part of it.",
+            )
         return tuple(_describe(tokenizer, token) for token in ids)
 
     return map_rows(split, texts)

@@ -136,6 +136,10 @@ def test_where_the_verifier_says_neither_there_is_no_probability() -> None:
         {"min_p_correct": "high"},
         {"conclusion_tokens": 0},
         {"max_attempts": 1.5},
+        {"max_attempts": 10**400, "sampling": WARM},
+        {"conclusion_tokens": 10**400},
+        {"sampling": None},
+        {"sampling": {"temperature": 1}},
     ],
     ids=repr,
 )

@@ -4,7 +4,18 @@ import math
 
 import pytest
 
-from alpaca_core import Sampling, describe_tokens, generate, next_tokens, show_tokens, special_tokens
+from alpaca_core import (
+    ModelSpec,
+    RowError,
+    Sampling,
+    answer,
+    describe_tokens,
+    generate,
+    judge,
+    next_tokens,
+    show_tokens,
+    special_tokens,
+)
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.testing import FakeModel
 
@@ -14,6 +25,13 @@ def test_tokens_shown_one_by_one_are_those_of_the_text() -> None:
     shown = show_tokens(fake, ["alpaca é"])[0]
     assert describe_tokens(fake, [token.id for token in shown]) == shown
     assert describe_tokens(fake, [256]) == special_tokens(fake)
+
+
+def test_a_text_of_megabytes_is_its_rows_error() -> None:
+    long, short = show_tokens(FakeModel(""), ["x" * 100_001, "x"])
+    assert isinstance(long, RowError)
+    assert long.code == "prompt_too_long"
+    assert len(short) == 1
 
 
 @pytest.mark.parametrize("ids", [[-1], [257], ["a"], [1.0], 3, [None], [2**70]], ids=repr)
@@ -46,6 +64,22 @@ def test_a_fake_without_a_distribution_is_refused(replies: dict[str, float]) -> 
 def test_a_sample_index_that_counts_nothing_is_refused(index: object) -> None:
     with pytest.raises(InvalidRequest, match="that of row 1 is not"):
         generate(FakeModel("a"), ["?", "?"], sample_indices=[0, index])
+
+
+@pytest.mark.parametrize("model", [None, "smollm2", ModelSpec()], ids=lambda model: type(model).__name__)
+def test_a_model_is_a_loaded_one(model: object) -> None:
+    for verb in (generate, show_tokens, next_tokens, judge, answer):
+        with pytest.raises(InvalidRequest, match="load_model"):
+            verb(model, ["?"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"template": ["chat"]}, {"template": 10**5000}, {"adapter": ["a", "b"]}], ids=list
+)
+def test_a_template_or_adapter_is_a_name(settings: dict[str, object]) -> None:
+    for verb in (generate, judge, answer, next_tokens):
+        with pytest.raises(InvalidRequest, match=next(iter(settings))):
+            verb(FakeModel("Yes"), ["?"], **settings)
 
 
 def test_sampling_is_a_value() -> None:
