@@ -15,6 +15,7 @@ from alpaca_core.judging import Judgment, judge
 from alpaca_core.loading import load_model
 from alpaca_core.measuring import Measurement, measure
 from alpaca_core.model import Completion, LanguageModel, ModelInfo, RowError
+from alpaca_core.ordering import Display, OrderEffect, fit_display, measure_order
 from alpaca_core.reasoning import Conclusion, chain_of_thought, conclude, final_answer
 from alpaca_core.spec import Label, ModelSpec, NamedAdapter, Sampling
 from alpaca_core.tokens import Token, TokenProbability, describe_tokens, next_tokens, show_tokens, special_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "Completion",
     "Conclusion",
     "Decision",
+    "Display",
     "Judgment",
     "Label",
     "LanguageModel",
@@ -34,6 +36,7 @@ __all__ = [
     "ModelInfo",
     "ModelSpec",
     "NamedAdapter",
+    "OrderEffect",
     "Outlier",
     "Policy",
     "Rating",
@@ -50,12 +53,14 @@ __all__ = [
     "describe_tokens",
     "final_answer",
     "fit_calibration",
+    "fit_display",
     "fit_policy",
     "generate",
     "is_outlier",
     "judge",
     "load_model",
     "measure",
+    "measure_order",
     "next_tokens",
     "rate",
     "same_meaning",

@@ -10,7 +10,7 @@ from alpaca_core.errors import InvalidRequest
 from alpaca_core.labels import log_sum
 from alpaca_core.spec import Value, digest_of
 
-CalibrationMethod = Literal["none", "contextual", "batch", "base", "temperature", "vector"]
+CalibrationMethod = Literal["none", "contextual", "batch", "pride", "base", "temperature", "vector"]
 
 FLOOR = -50.0
 """Log-probability, in nats, below which a label's own is not told apart: what has no mass has no logarithm."""

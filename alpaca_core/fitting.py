@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy
 from numpy.typing import NDArray
 
-from alpaca_core.asking import Asking
+from alpaca_core.asking import Asking, Question, averaged
 from alpaca_core.calibration import Calibration, CalibrationMethod, log_probabilities
 from alpaca_core.errors import InvalidRequest
-from alpaca_core.judging import check_instruction, question
-from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError
+from alpaca_core.model import LanguageModel, RowError
 from alpaca_core.rows import Progress, check_rows
-from alpaca_core.spec import YES_NO, Label, TemplateName
+from alpaca_core.spec import YES_NO, Label
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 """Inputs that say nothing: Zhao et al. 2021, arXiv 2102.09690, section 5."""
@@ -20,6 +20,8 @@ CONTENT_FREE = ("N/A", "[MASK]", "")
 FOLDS = 5
 FEWEST_ROWS = 10
 """Rows, with labels or without, that a calibration is fitted on at least."""
+PRIDE_ROWS = 64
+"""Rows that ``pride`` reads in every rotation, at most."""
 
 Matrix = NDArray[numpy.float64]
 Vector = NDArray[numpy.float64]
@@ -32,12 +34,8 @@ def fit_calibration(
     gold: Sequence[str] | None = None,
     *,
     method: CalibrationMethod | None = None,
-    instruction: str | None = None,
-    show_labels: bool | None = None,
-    all_segmentations: bool = False,
-    template: TemplateName | None = None,
-    adapter: str | None = DEFAULT_ADAPTER,
     progress: Progress | None = None,
+    **question: Unpack[Question],
 ) -> Calibration:
     """Fit a calibration of a question, for `judge` to apply to other texts.
 
@@ -47,6 +45,9 @@ def fit_calibration(
       inputs (Zhao et al. 2021, arXiv 2102.09690).
     - ``batch``: the bias takes away the mean log-probability over the texts (arXiv 2309.17249), which
       assumes that they hold the labels in about equal shares.
+    - ``pride``: the bias takes away what each place among the labels that the prompt names is favoured by,
+      whatever label stands there: read from at most `PRIDE_ROWS` texts in every rotation of the labels (PriDe,
+      Zheng et al. 2024, arXiv 2309.03882, section 4).
     - ``base``: one scale, a temperature, at which the probabilities are as near as they can be (in
       cross-entropy) to those of the bare base model, which is the better calibrated of the two (BaseCal);
       the adapter is switched off for it, and no second model is loaded.
@@ -61,12 +62,9 @@ def fit_calibration(
         method: One of the above; None picks: with `gold` the one with the lowest cross-validated negative
             log-likelihood among those whose accuracy is not lower than without calibration; without it
             ``batch``. The result's `reason` says why.
-        instruction: As `judge`.
-        show_labels: As `judge`.
-        all_segmentations: As `judge`.
-        template: As `judge`.
-        adapter: As `judge`.
         progress: Called with the number of texts just read.
+        question: As `judge`: `instruction`, `show_labels`, `letters`, `rotate_labels`, `all_segmentations`,
+            `template`, `adapter`.
 
     Returns:
         The calibration, bound by digest to model, adapter, question and labels.
@@ -77,32 +75,25 @@ def fit_calibration(
             for a method that needs gold labels or an adapter where there is none.
     """
     check_rows("texts", texts)
-    check_instruction(instruction)
-    asking = Asking(
-        model,
-        labels,
-        question(instruction),
-        show_labels=show_labels,
-        all_segmentations=all_segmentations,
-        template=template,
-        adapter=adapter,
-    )
-    bound = asking.binding()
+    asking = Asking(model, labels, **question)
+    bound, adapter = asking.binding(), asking.adapter
     places = _check_gold(gold, texts, asking.names)
-    _check_method(method, gold is not None, bound.adapter is not None)
-    asked = asking.about_each(texts)
-    masses = asking.log_masses(asked, adapter, progress)
+    ordered = asking.shows_labels and not asking.rotates
+    _check_method(method, gold is not None, bound.adapter is not None, ordered)
+    masses = asking.read(texts, adapter, progress)
     kept = [place for place, mass in enumerate(masses) if not isinstance(mass, RowError)]
     if len(kept) < FEWEST_ROWS:
         raise InvalidRequest(
             f"a calibration is fitted on {FEWEST_ROWS} rows at least, but {len(kept)} of {len(texts)} could be read. "
             "Give more rows."
         )
+    wanted = method == "pride" or (method is None and gold is not None)
     rows = _Rows(
         z=_matrix([masses[place] for place in kept]),
         gold=None if places is None else numpy.array([places[place] for place in kept]),
-        free=_matrix(asking.log_masses([asking.about(text) for text in CONTENT_FREE], adapter)),
-        base=None if bound.adapter is None else _matrix(asking.log_masses([asked[place] for place in kept], None)),
+        free=_content_free(asking),
+        base=None if bound.adapter is None else _matrix(asking.read([texts[place] for place in kept], None)),
+        turned=_turned(asking, texts, kept) if ordered and wanted else None,
     )
     chosen, nll, reason = (method, None, "as asked") if method else _pick(rows)
     scale, bias = _FITS[chosen](rows)
@@ -121,16 +112,20 @@ def fit_calibration(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What is fitted on: log-probabilities of the labels, ``(rows, labels)``, in nats."""
+    """What is fitted on: log-probabilities of the labels, ``(rows, labels)``, in nats.
+
+    `turned` are those of some rows in every rotation, ``(rows, turns, labels)``.
+    """
 
     z: Matrix
     gold: NDArray[numpy.intp] | None
     free: Matrix
     base: Matrix | None
+    turned: Matrix | None = None
 
     def part(self, rows: NDArray[numpy.bool_]) -> "_Rows":
         gold = None if self.gold is None else self.gold[rows]
-        return _Rows(self.z[rows], gold, self.free, None if self.base is None else self.base[rows])
+        return _Rows(self.z[rows], gold, self.free, None if self.base is None else self.base[rows], self.turned)
 
 
 _Fit = tuple[Vector, Vector]
@@ -148,6 +143,15 @@ def _contextual(rows: _Rows) -> _Fit:
 
 def _batch(rows: _Rows) -> _Fit:
     return numpy.ones(rows.z.shape[1]), -rows.z.mean(0)
+
+
+def _pride(rows: _Rows) -> _Fit:
+    """The prior of each place, averaged over what stood there; in the order given, label i stands at place i."""
+    assert rows.turned is not None
+    turns = range(rows.turned.shape[1])
+    by_place = numpy.stack([numpy.roll(rows.turned[:, turn], -turn, axis=1) for turn in turns], axis=1)
+    prior = numpy.exp(_normalised(by_place.mean(1))).mean(0)
+    return numpy.ones(len(prior)), -numpy.log(prior)
 
 
 def _base(rows: _Rows) -> _Fit:
@@ -184,6 +188,7 @@ _FITS: dict[CalibrationMethod, Callable[[_Rows], _Fit]] = {
     "none": _none,
     "contextual": _contextual,
     "batch": _batch,
+    "pride": _pride,
     "base": _base,
     "temperature": _temperature,
     "vector": _vector,
@@ -206,7 +211,8 @@ def _pick(rows: _Rows) -> tuple[CalibrationMethod, float | None, str]:
     if rows.gold is None:
         return "batch", None, f"no gold labels, so the mean of {len(rows.z)} texts is taken away"
     raw, least = _cross_validated(rows, "none")
-    scores = {name: _cross_validated(rows, name) for name in _FITS if name != "base" or rows.base is not None}
+    lacking = {name for name, needed in (("base", rows.base), ("pride", rows.turned)) if needed is None}
+    scores = {name: _cross_validated(rows, name) for name in _FITS if name not in lacking}
     chosen = min((name for name in scores if scores[name][1] >= least), key=lambda name: scores[name][0])
     nll, accuracy = scores[chosen]
     return (
@@ -247,6 +253,20 @@ def _matrix(masses: Sequence[Sequence[float] | RowError]) -> Matrix:
     return numpy.array([log_probabilities(mass) for mass in masses if not isinstance(mass, RowError)])
 
 
+def _content_free(asking: Asking) -> Matrix:
+    turns = range(len(asking.labels)) if asking.rotates else range(1)
+    found = [asking.log_masses([asking.about(text, turn) for turn in turns], asking.adapter) for text in CONTENT_FREE]
+    good = [[turn for turn in text if not isinstance(turn, RowError)] for text in found]
+    return _matrix([averaged(text) for text in good if text])
+
+
+def _turned(asking: Asking, texts: Sequence[str | RowError], kept: Sequence[int]) -> Matrix:
+    """Read some texts in every rotation, spread over all that could be read."""
+    some = [texts[place] for place in kept[:: -(-len(kept) // PRIDE_ROWS)]]
+    found = asking.turned_log_masses(some, asking.adapter)
+    return numpy.stack([_matrix(turns) for turns in found if not isinstance(turns, RowError)])
+
+
 def _check_gold(gold: Sequence[str] | None, texts: Sequence[object], names: tuple[str, ...]) -> list[int] | None:
     if gold is None:
         return None
@@ -261,12 +281,17 @@ def _check_gold(gold: Sequence[str] | None, texts: Sequence[object], names: tupl
     return [names.index(label) for label in gold]
 
 
-def _check_method(method: object, labelled: bool, adapted: bool) -> None:
+def _check_method(method: object, labelled: bool, adapted: bool, ordered: bool) -> None:
     if method is not None and method not in _FITS:
         raise InvalidRequest(f"method is one of {', '.join(_FITS)}, or None, but got {method!r:.80}. Name one of them.")
     if method in ("temperature", "vector") and not labelled:
         raise InvalidRequest(
             f"method={method!r} is fitted on gold labels, but there are none. Give gold, or use 'batch'."
+        )
+    if method == "pride" and not ordered:
+        raise InvalidRequest(
+            "method='pride' takes away what the places of the labels in the prompt are favoured by, but this question "
+            "names none, or rotates them. Use show_labels=True, or another method."
         )
     if method == "base" and not adapted:
         raise InvalidRequest(

@@ -2,11 +2,11 @@
 
 What is counted (the definition, of which the tests are the brute force):
 
-- A surface form of a label is its name or an alias, as given, lower, Title or UPPER, with and without one
-  leading space.
+- A surface form of a label is its name or an alias, as given, lower, Title or UPPER (an exact label's as given
+  alone), with and without one leading space.
 - Its spellings after a prompt are each form's canonical tokens there, and every single token that means
-  the same as a form: equal after strip, casefold and NFKC. With `all_segmentations`, every sequence of
-  tokens whose bytes are those of a form, too.
+  the same as a form: equal after strip, casefold and NFKC (an exact label's after strip alone). With
+  `all_segmentations`, every sequence of tokens whose bytes are those of a form, too.
 - A sequence that would spell two labels is dropped and reported. Of one label's spellings, one that
   extends another is dropped, so that nothing counts twice.
 - A spelling that begins one of another label (`no`, `not sure`) is worth what does not go on to that one.
@@ -133,12 +133,12 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
         label.model_copy(update={"aliases": known.get(meaning(label.name), ())}) if isinstance(given, str) else label
         for given, label in zip(labels, plain, strict=True)
     ]
-    seen: dict[str, str] = {}
+    seen: dict[tuple[bool, str], Label] = {}
     for label in checked:
-        twin = seen.setdefault(meaning(label.name), label.name)
-        if twin is not label.name:
+        twin = seen.setdefault((label.exact, label.name.strip() if label.exact else meaning(label.name)), label)
+        if twin is not label:
             raise InvalidLabels(
-                f"labels must differ in more than case, outer spaces and Unicode form, but {twin!r} and "
+                f"labels must differ in more than case, outer spaces and Unicode form, but {twin.name!r} and "
                 f"{label.name!r} mean the same. Drop one, or make it an alias."
             )
     return tuple(checked)
@@ -153,6 +153,7 @@ def forms(label: Label) -> list[str]:
     """Return a label's surface forms: as given, lower, Title, UPPER; with and without one leading space."""
     texts = [text.strip() for text in (label.name, *label.aliases)]
     cased = [form for text in texts for form in (text, text.lower(), _title(text), text.upper())]
+    cased = texts if label.exact else cased
     return list(dict.fromkeys(space + form for form in cased for space in ("", " ")))
 
 
@@ -184,7 +185,10 @@ def _find(tokenizer: Tokenizer, labels: tuple[Label, ...], tail: tuple[int, ...]
             canonical = tokenizer.continuation(tail, form)
             # A vocabulary that lacks a character may drop it without a word; then these tokens say something else.
             found = [canonical] if meaning(tokenizer.decode(canonical)) == meaning(form) else []
-            found += [(token,) for token in tokenizer.ids_by_meaning.get(meaning(form), ())]
+            alike = tokenizer.ids_by_meaning.get(meaning(form), ())
+            found += [
+                (token,) for token in alike if not label.exact or tokenizer.decode([token]).strip() == form.strip()
+            ]
             if all_segmentations:
                 found += _segmentations(tokenizer, form)
             for sequence in found:

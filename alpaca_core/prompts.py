@@ -62,6 +62,7 @@ NO_ANSWER = "(no answer)"
 """What the verifier is shown where the model ended without a word."""
 
 SHOW_LABELS = "{instruction}\nAnswer with one of: {labels}."
+SHOW_LETTERS = "{instruction}\n{labels}\nAnswer with a letter."
 
 _SLOT = "\N{OBJECT REPLACEMENT CHARACTER}user text\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -212,9 +213,13 @@ def user_text(name: str, value: object) -> str:
     return value
 
 
-def with_labels(instruction: str, labels: Sequence[Label]) -> str:
-    """Name the choices in the instruction."""
-    return SHOW_LABELS.format(instruction=instruction, labels=", ".join(label.name.strip() for label in labels))
+def with_labels(instruction: str, labels: Sequence[Label], letters: Sequence[str] | None = None) -> str:
+    """Name the choices in the instruction, in their order; each on a line behind its letter where there are letters."""
+    names = [label.name.strip() for label in labels]
+    if letters is None:
+        return SHOW_LABELS.format(instruction=instruction, labels=", ".join(names))
+    lines = "\n".join(f"{letter}. {name}" for letter, name in zip(letters, names, strict=True))
+    return SHOW_LETTERS.format(instruction=instruction, labels=lines)
 
 
 class _Generation(Extension):

@@ -200,6 +200,7 @@ class Label(Value):
     Args:
         name: How results call it, and its first spelling.
         aliases: Other words for it; each counts in all its spellings.
+        exact: Count the words only as they are written, in no other case: ``A`` is not the article ``a``.
 
     Raises:
         pydantic.ValidationError: If the name or an alias is blank.
@@ -207,6 +208,7 @@ class Label(Value):
 
     name: str = Field(description="How results call this label.")
     aliases: tuple[str, ...] = Field(default=(), description="Other words that mean the same.")
+    exact: bool = Field(default=False, description="Count the words only as they are written, in no other case.")
 
     @field_validator("name", "aliases")
     @classmethod
