@@ -8,6 +8,7 @@ Importing this package imports no torch; `load_model` does, once it loads.
 
 from alpaca_core.answering import Answer, answer
 from alpaca_core.calibration import Calibration
+from alpaca_core.consistency import Vote
 from alpaca_core.deciding import Decision, Policy, decide, fit_policy
 from alpaca_core.fitting import fit_calibration
 from alpaca_core.generation import generate
@@ -42,6 +43,7 @@ __all__ = [
     "Token",
     "TokenProbability",
     "Verification",
+    "Vote",
     "answer",
     "chain_of_thought",
     "classify",

@@ -29,6 +29,7 @@ CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
     ("conclude", Conclusion, (GOOD_AND_BAD, ["Since.", None, None, ""]), {}),
     ("verify", Verification, (GOOD_AND_BAD, ["a", "b", "c", "d"]), {"reasonings": None}),
     ("verify", Verification, (["Is it so?"], ["so"]), {"method": "sampled", "samples": 4, "seed": 7}),
+    ("verify", Verification, (GOOD_AND_BAD, ["a"] * 4), {"method": "consistent", "samples": 3, "seed": 7}),
     ("judge", Judgment, (GOOD_AND_BAD,), {}),
     ("judge", Judgment, (GOOD_AND_BAD, ["Yes", "No", "Who knows"]), {"instruction": "Which?", "min_coverage": 0.5}),
 ]
