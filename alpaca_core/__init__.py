@@ -8,6 +8,7 @@ Importing this package imports no torch; `load_model` does, once it loads.
 
 from alpaca_core.answering import Answer, answer
 from alpaca_core.calibration import Calibration
+from alpaca_core.cascading import CascadeJudgment, CascadeMeasurement, cascade, measure_cascade
 from alpaca_core.consistency import Vote
 from alpaca_core.deciding import Decision, Policy, decide, fit_policy
 from alpaca_core.fitting import fit_calibration
@@ -25,6 +26,8 @@ from alpaca_core.verification import Verification, verify
 __all__ = [
     "Answer",
     "Calibration",
+    "CascadeJudgment",
+    "CascadeMeasurement",
     "Completion",
     "Conclusion",
     "Decision",
@@ -45,6 +48,7 @@ __all__ = [
     "Verification",
     "Vote",
     "answer",
+    "cascade",
     "chain_of_thought",
     "classify",
     "conclude",
@@ -58,6 +62,7 @@ __all__ = [
     "judge",
     "load_model",
     "measure",
+    "measure_cascade",
     "next_tokens",
     "rate",
     "same_meaning",

@@ -30,6 +30,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.tasks.loading",
     "prefect_alpaca.tasks.generation",
     "prefect_alpaca.tasks.judging",
+    "prefect_alpaca.tasks.cascading",
     "prefect_alpaca.tasks.rows",
     "prefect_alpaca.tasks.model",
     "prefect_alpaca.tasks.progress",
@@ -52,6 +53,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.cache",
     "alpaca_core.testing",
     "alpaca_core.answering",
+    "alpaca_core.cascading",
     "alpaca_core.measuring",
     "alpaca_core.bootstrap",
     "alpaca_core.verification",
@@ -153,6 +155,8 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
     assert alpaca_core.__all__ == [
         "Answer",
         "Calibration",
+        "CascadeJudgment",
+        "CascadeMeasurement",
         "Completion",
         "Conclusion",
         "Decision",
@@ -173,6 +177,7 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
         "Verification",
         "Vote",
         "answer",
+        "cascade",
         "chain_of_thought",
         "classify",
         "conclude",
@@ -186,6 +191,7 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
         "judge",
         "load_model",
         "measure",
+        "measure_cascade",
         "next_tokens",
         "rate",
         "same_meaning",
@@ -200,6 +206,7 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
 def test_tasks_export_sorted_and_pinned_names() -> None:
     assert prefect_alpaca.tasks.__all__ == [
         "Json",
+        "cascade",
         "chain_of_thought",
         "conclude",
         "generate",
