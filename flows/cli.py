@@ -115,6 +115,7 @@ def _parser() -> Parser:
     add("--no-verify", dest="verify", action="store_false", help="leave P(correct) out")
     add("--max-attempts", type=int, default=1, metavar="N", help="attempts at most; needs a temperature (default 1)")
     add("--min-p-correct", type=float, default=0.5, metavar="P", help="P(correct) that ends them (default 0.5)")
+    add("--samples", type=int, default=1, metavar="N", help="answers that vote; needs a temperature (default 1)")
     add("--conclusion-tokens", type=int, default=32, metavar="N", help="most tokens of the answer (default 32)")
 
     add = command("judge", "TEXT ...", _judge, "judge each text by the model's logits", rows, model)
@@ -194,6 +195,7 @@ def _answer(options: argparse.Namespace) -> int:
             verify=options.verify,
             max_attempts=options.max_attempts,
             min_p_correct=options.min_p_correct,
+            samples=options.samples,
             progress=progress,
         )
     return _print(

@@ -59,6 +59,12 @@ def answer_view(question: str, row: Answer | RowError) -> RenderableType:
         if row.p_correct is not None:
             tries = f"  best of {row.attempts} attempts" if row.attempts > 1 else ""
             facts.add_row(Text("P(correct)", "green"), bar(row.p_correct) + tries)
+        if row.share is not None:
+            facts.add_row(Text("Agreement", "green"), bar(row.share))
+        for place, vote in enumerate(row.votes):
+            sure = "" if vote.p_correct is None else f", mean P(correct) {vote.p_correct:.2f}"
+            said = Text.assemble(text(vote.answer), (f"  {vote.count} of {vote.count / vote.share:.0f}{sure}", "dim"))
+            facts.add_row("" if place else Text("Votes", "green"), said)
         parts.append(facts)
     return Group(text(question, "bold cyan"), _indented(Group(*parts)))
 

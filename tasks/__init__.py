@@ -1,5 +1,6 @@
 """Prefect tasks around the verbs of `alpaca_core`: a `ModelSpec` where the core takes a model, JSON out."""
 
+from prefect_alpaca.tasks.cascading import cascade
 from prefect_alpaca.tasks.generation import chain_of_thought, conclude, generate
 from prefect_alpaca.tasks.judging import judge, verify
 from prefect_alpaca.tasks.loading import load_model
@@ -8,6 +9,7 @@ from prefect_alpaca.tasks.rows import Json, values
 
 __all__ = [
     "Json",
+    "cascade",
     "chain_of_thought",
     "conclude",
     "generate",

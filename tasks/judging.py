@@ -11,6 +11,7 @@ from alpaca_core.calibration import Calibration
 from alpaca_core.judging import Method
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.spec import YES_NO, TemplateName
+from alpaca_core.verification import VerifyMethod
 from prefect_alpaca.tasks.rows import Json, run_name, run_verb
 
 
@@ -57,7 +58,7 @@ def verify(
     answers: Sequence[str | RowError],
     *,
     reasonings: Sequence[str | RowError | None] | None = None,
-    method: Method = "logits",
+    method: VerifyMethod = "logits",
     samples: int = 10,
     seed: int = 0,
     template: TemplateName | None = None,

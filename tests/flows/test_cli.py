@@ -70,6 +70,20 @@ def test_answer_prints_the_named_keys(capsys: pytest.CaptureFixture[str]) -> Non
     assert row["p_correct"] == pytest.approx(0.8)
 
 
+def test_answer_shows_what_samples_vote_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["answer", "Two colours?", "--no-reason", "--samples", "9", "--temperature", "1"]
+    assert cli.main([*arguments, "--json"]) == 0
+    row = objects(capsys.readouterr().out)[0]
+    expected = alpaca_core.answer(FAKE, ["Two colours?"], Sampling(temperature=1.0), reason=False, samples=9)[0]
+    assert row == expected.model_dump(mode="json")
+    assert len(row["votes"]) == 2
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Agreement" in shown
+    for vote in row["votes"]:
+        assert f"{vote['answer']}  {vote['count']} of 9, mean P(correct) {vote['p_correct']:.2f}" in shown
+
+
 def test_answer_can_leave_steps_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["answer", "How many?", "--no-reason", "--no-verify", "--json"]) == 0
     [row] = objects(capsys.readouterr().out)
@@ -216,6 +230,7 @@ def test_a_failed_row_gives_exit_code_1_and_the_others_are_printed(
         ["judge", "a", "--min-coverage", "2"],
         ["judge", "a", "--device", "tpu"],
         ["answer", "a", "--max-attempts", "2"],
+        ["answer", "a", "--samples", "2"],
         ["tokens", "a", "--next", "-1"],
         ["tokens", "a", "--mistyped"],
         ["sing", "a"],

@@ -13,13 +13,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 import alpaca_core
-from alpaca_core import Completion, Conclusion, Judgment, ModelSpec, RowError, Sampling, Verification
+from alpaca_core import CascadeJudgment, Completion, Conclusion, Judgment, ModelSpec, RowError, Sampling, Verification
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
 from prefect_alpaca import tasks
 
-VERBS = ["generate", "chain_of_thought", "conclude", "verify", "judge"]
+VERBS = ["generate", "chain_of_thought", "conclude", "verify", "judge", "cascade"]
 FAKE = FakeModel({"Yes": {"Yes": 0.9, "No": 0.1}, "?": {"Yes": 0.75, "No": 0.25, "Who knows": 0.5}}, "Because.")
 GOOD_AND_BAD = ["Is it so?", "   ", "Say Yes.", "\ud800"]
 CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
@@ -29,8 +29,11 @@ CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
     ("conclude", Conclusion, (GOOD_AND_BAD, ["Since.", None, None, ""]), {}),
     ("verify", Verification, (GOOD_AND_BAD, ["a", "b", "c", "d"]), {"reasonings": None}),
     ("verify", Verification, (["Is it so?"], ["so"]), {"method": "sampled", "samples": 4, "seed": 7}),
+    ("verify", Verification, (GOOD_AND_BAD, ["a"] * 4), {"method": "consistent", "samples": 3, "seed": 7}),
     ("judge", Judgment, (GOOD_AND_BAD,), {}),
     ("judge", Judgment, (GOOD_AND_BAD, ["Yes", "No", "Who knows"]), {"instruction": "Which?", "min_coverage": 0.5}),
+    ("cascade", CascadeJudgment, (GOOD_AND_BAD,), {"margin": 0.6, "sampling": Sampling(max_new_tokens=8)}),
+    ("cascade", CascadeJudgment, (GOOD_AND_BAD, ["Yes", "Who knows"]), {"margin": 1, "instruction": "Which?"}),
 ]
 
 
@@ -99,7 +102,7 @@ def test_a_batch_that_is_no_list_fails_before_the_model_is_loaded(
         call()
 
 
-@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge"])
+@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge", "cascade"])
 def test_a_batch_without_rows_gives_none(verb: str) -> None:
     with tasks.use_model(FAKE):
         assert getattr(tasks, verb).fn(ModelSpec(), []) == []
@@ -114,6 +117,7 @@ def test_runs_are_named_by_what_they_do() -> None:
         (tasks.conclude, (["a"],), "conclude 1 question"),
         (tasks.verify, (["a"], ["b"]), "verify 1 answer"),
         (tasks.judge, (["a"] * 12,), "judge 12 texts"),
+        (tasks.cascade, (["a"] * 3,), "cascade 3 texts"),
     ]
 
     @flow
