@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.demo",
     "prefect_alpaca.flows.cli",
+    "prefect_alpaca.flows.commands",
+    "prefect_alpaca.flows.running",
     "prefect_alpaca.flows.doctor",
     "prefect_alpaca.flows",
     "prefect_alpaca.flows.answering",
