@@ -95,10 +95,10 @@ def run_judge(options: argparse.Namespace) -> int:
 def _saved_calibration(name: str) -> Calibration:
     if Path(name).is_file():
         return Calibration.model_validate_json(Path(name).read_bytes())
-    from prefect_alpaca.tasks.calibrations import load_calibration
+    from prefect_alpaca.tasks.named import load_named
 
     with quiet(f"Asking the Prefect server for {name} …"):
-        return load_calibration(name)
+        return load_named(Calibration, name)
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
@@ -118,10 +118,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
     if options.out:
         options.out.write_text(fitted.model_dump_json(indent=2), encoding="utf-8")
     if options.name:
-        from prefect_alpaca.tasks.calibrations import save_calibration
+        from prefect_alpaca.tasks.named import save_named
 
         with quiet(f"Saving {options.name} at the Prefect server …"):
-            save_calibration(options.name, fitted)
+            save_named(options.name, fitted)
     if options.json:
         print_json(fitted.model_dump(mode="json"))
     else:

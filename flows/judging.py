@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from alpaca_core import Judgment, ModelSpec, RowError
+from alpaca_core import Calibration, Judgment, ModelSpec, RowError
 from alpaca_core.judging import MOST_SAMPLES, Method
 from alpaca_core.model import DEFAULT_ADAPTER
 from prefect_alpaca import tasks
@@ -14,7 +14,7 @@ from prefect_alpaca.flows.options import label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
 from prefect_alpaca.flows.terminal import printable
 from prefect_alpaca.tasks import Json
-from prefect_alpaca.tasks.calibrations import load_calibration
+from prefect_alpaca.tasks.named import load_named
 from prefect_alpaca.tasks.rows import counted
 
 
@@ -63,7 +63,7 @@ def judge_texts(
     instruction = instruction if instruction and instruction.strip() else None  # a form sends an emptied field as ""
     choices = [label_of(label) for label in labels]
     names = [label_name(label) for label in choices]
-    calibrated = load_calibration(calibration) if calibration else None
+    calibrated = load_named(Calibration, calibration) if calibration else None
     status = tasks.load_model(model)
     judgments = tasks.values(
         Judgment,
