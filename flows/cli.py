@@ -22,7 +22,15 @@ from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.spec import TemplateName
 from prefect_alpaca.flows import commands
-from prefect_alpaca.flows.options import Parser, label_of, model_options, one_line, row_options, sampling_options
+from prefect_alpaca.flows.options import (
+    Parser,
+    label_of,
+    model_options,
+    one_line,
+    row_options,
+    sampling_options,
+    share_of,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,33 +85,83 @@ def _parser() -> Parser:
     add("--min-p-correct", type=float, default=0.5, metavar="P", help="P(correct) that ends them (default 0.5)")
     add("--conclusion-tokens", type=int, default=32, metavar="N", help="most tokens of the answer (default 32)")
 
+    def labels(about: str, *, required: bool = False) -> None:
+        repeated = f"{about}; once for each{'' if required else ' (default: Yes=y,true and No=n,false)'}"
+        kind = {"action": "append", "type": _label, "metavar": "NAME[=ALIAS,...]", "required": required}
+        add("--label", dest="labels", help=repeated, **kind)
+
+    def saved(name: str, by: str) -> None:
+        about = f"a file of {by}, or a name saved at the Prefect server"
+        add(f"--{name}", metavar="NAME", help=about)
+
+    def min_coverage() -> None:
+        about = "give no label below this coverage (default 0)"
+        add("--min-coverage", type=float, default=0.0, metavar="P", help=about)
+
     add = command("judge", "TEXT ...", commands.run_judge, "judge each text by the model's logits", rows, model)
-    about = "a choice, and other words that mean it; once for each (default: Yes=y,true and No=n,false)"
-    add("--label", dest="labels", action="append", type=_label, metavar="NAME[=ALIAS,...]", help=about)
+    labels("a choice, and other words that mean it")
     add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
     add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
-    add("--min-coverage", type=float, default=0.0, metavar="P", help="give no label below this coverage (default 0)")
+    min_coverage()
     add("--all-segmentations", action="store_true", help="count every way to cut a label into tokens")
-    add(
-        "--calibration",
-        metavar="NAME",
-        help="a file of `alpaca calibrate`, or a name that it saved at the Prefect server",
-    )
+    saved("calibration", "`alpaca calibrate`")
+    saved("policy", "`alpaca fit-policy`")
     add("--method", choices=get_args(Method), default="logits", help="read the logits (default), or sample and count")
     add("--samples", type=int, default=10, metavar="N", help="samples a text where the method is sampled (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
 
+    about = "sort each text into a category, of few or hundreds"
+    add = command("classify", "TEXT ... --label NAME ...", commands.run_classify, about, rows, model)
+    labels("a category, and other words that mean it", required=True)
+    add("--instruction", metavar="TEXT", help="another prompt, with {text} where the text stands")
+    min_coverage()
+    saved("calibration", "`alpaca calibrate --for classify`")
+    saved("policy", "`alpaca fit-policy --for classify`")
+
+    about = "judge whether the two texts of each pair mean the same"
+    add = command("same-meaning", "TEXT TEXT ...", commands.run_same_meaning, about, rows, model)
+    min_coverage()
+    saved("calibration", "alpaca_core.fit_calibration")
+
+    about = "judge whether each text is of another kind than reference rows"
+    add = command("is-outlier", "TEXT ... --reference ROW ...", commands.run_is_outlier, about, rows, model)
+    about = "a row of the kind to be, or a file of such rows, one a line or .jsonl; once for each"
+    add("--reference", action="append", required=True, metavar="ROW", help=about)
+    saved("calibration", "alpaca_core.fit_calibration")
+
+    about = "rate each text on a scale by the mean of its steps' probabilities"
+    add = command("rate", "TEXT ... --criterion TEXT", commands.run_rate, about, rows, model)
+    add("--criterion", required=True, metavar="TEXT", help="what counts, such as: How fluent is this text?")
+    add("--worst", type=int, default=1, metavar="N", help="the lowest step (default 1)")
+    add("--best", type=int, default=5, metavar="N", help="the highest step (default 5)")
+    saved("calibration", "alpaca_core.fit_calibration")
+
+    def fitted(what: str, used: str) -> None:
+        add("file", metavar="FILE", help=f'JSON Lines of {{"text": ..., "label": ...}}, {what}')
+        labels("as for judge")
+        add("--instruction", metavar="TEXT", help="as for judge")
+        add("--show-labels", action=argparse.BooleanOptionalAction, help="as for judge")
+        about = "the command that it is for, whose prompt is asked (default judge)"
+        add("--for", dest="command", choices=("judge", "classify"), default="judge", help=about)
+        add("--out", type=Path, metavar="FILE", help=f"write it here; `alpaca judge --{used} FILE` reads it")
+        add("--name", metavar="NAME", help="save it under this name at the Prefect server")
+        add("--json", action="store_true", help="print it as one JSON object")
+
     about = "fit a calibration of a question on texts, with or without their right labels"
     add = command("calibrate", "FILE", commands.run_calibrate, about, model)
-    add("file", metavar="FILE", help='JSON Lines of {"text": ..., "label": ...}, the label where it is known')
-    about = "as for judge; once for each (default: Yes=y,true and No=n,false)"
-    add("--label", dest="labels", action="append", type=_label, metavar="NAME[=ALIAS,...]", help=about)
-    add("--instruction", metavar="TEXT", help="as for judge")
-    add("--show-labels", action=argparse.BooleanOptionalAction, help="as for judge")
+    fitted("the label where it is known", "calibration")
     add("--method", choices=get_args(CalibrationMethod), help="how to fit (default: the best on the labelled rows)")
-    add("--out", type=Path, metavar="FILE", help="write it here; `alpaca judge --calibration FILE` reads it")
-    add("--name", metavar="NAME", help="save it under this name at the Prefect server")
-    add("--json", action="store_true", help="print it as one JSON object")
+
+    about = "fit a policy on labelled texts: which labels to accept, to review, or to abstain from"
+    add = command("fit-policy", "FILE", commands.run_fit_policy, about, model)
+    fitted("other texts than the calibration's", "policy")
+    saved("calibration", "`alpaca calibrate`")
+    about = "share of right labels among accepted ones (default 0.9)"
+    add("--precision", type=share_of, default=0.9, metavar="P", help=about)
+    about = "probability that the precision holds (default 0.95)"
+    add("--confidence", type=share_of, default=0.95, metavar="P", help=about)
+    about = "top probability below which a label is not worth a person's look (default 0: all are)"
+    add("--review", type=float, default=0.0, metavar="P", help=about)
 
     add = command("tokens", "TEXT ...", commands.run_tokens, "show each text as the model's tokens", rows, model)
     add("--next", type=int, default=0, metavar="N", help="also the N likeliest next tokens, with the text as prompt")

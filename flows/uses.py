@@ -1,6 +1,5 @@
 """The flows `compare-texts`, `find-outliers` and `rate-texts`; `classify-texts` stands beside `judge-texts`."""
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from prefect import flow
@@ -13,6 +12,7 @@ from alpaca_core.uses import MOST_REFERENCES, outlier_question, pairs, rating_qu
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.judging import calibrated_by, saved_calibration
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
+from prefect_alpaca.flows.terminal import columns
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -184,17 +184,6 @@ def rate_texts(
         ratings,
     )
     return [rating.model_dump(mode="json") for rating in ratings]
-
-
-def columns(distribution: Mapping[str, float]) -> str:
-    """Draw a distribution as columns, the highest of them full.
-
-    Example:
-        >>> columns({"1": 0.1, "2": 0.4, "3": 0.0})
-        '▃█▁'
-    """
-    most = max(distribution.values())
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * share / most) if most else 0] for share in distribution.values())
 
 
 def _pair_cells(first: str, second: str, judgment: Judgment | RowError) -> list[str]:

@@ -275,7 +275,13 @@ def test_people_get_something_to_read_without_escape_codes(command: str, capsys:
     assert "a library that prints" not in printed.out
 
 
-@pytest.mark.parametrize("command", ["", "generate", "answer", "judge", "tokens", "import-adapter", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "generate", "answer", "judge", "classify", "same-meaning", "is-outlier", "rate", "calibrate"),
+        *("fit-policy", "tokens", "import-adapter", "doctor"),
+    ],
+)
 def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"] if command else ["--help"])
@@ -291,7 +297,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 8
+    assert len(parsers) == 13
 
 
 def test_import_adapter_says_where_the_result_lies(

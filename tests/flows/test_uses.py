@@ -11,7 +11,7 @@ from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
 from alpaca_core.uses import pairs
 from prefect_alpaca.flows import classify_texts, compare_texts, find_outliers, rate_texts
-from prefect_alpaca.flows.uses import columns
+from prefect_alpaca.flows.terminal import columns
 from prefect_alpaca.tasks import use_model, values
 from prefect_alpaca.tasks.named import save_named
 
