@@ -6,15 +6,20 @@ from prefect_alpaca.tasks.judging import judge, verify
 from prefect_alpaca.tasks.loading import load_model
 from prefect_alpaca.tasks.model import use_model
 from prefect_alpaca.tasks.rows import Json, values
+from prefect_alpaca.tasks.uses import classify, is_outlier, rate, same_meaning
 
 __all__ = [
     "Json",
     "cascade",
     "chain_of_thought",
+    "classify",
     "conclude",
     "generate",
+    "is_outlier",
     "judge",
     "load_model",
+    "rate",
+    "same_meaning",
     "use_model",
     "values",
     "verify",

@@ -18,7 +18,7 @@ import alpaca_core
 from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
-from prefect_alpaca.flows import cli, terminal
+from prefect_alpaca.flows import cli, commands, running, terminal
 from prefect_alpaca.flows.options import label_of
 
 FAKE = FakeModel(
@@ -45,7 +45,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[ModelSpec]:
         print("a library that prints")
         yield FAKE
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(running, "load_model", load)
     return asked
 
 
@@ -145,7 +145,7 @@ def test_standard_input_that_is_closed_is_bad_input(
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "utf-16"])
 def test_every_line_is_json_whatever_the_locale(encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "import_adapter", lambda source, **_: tmp_path)
+    monkeypatch.setattr(commands, "import_adapter", lambda source, **_: tmp_path)
     texts = ["é Paris", "\U0001f999\u2028", "\udcff"]
     printed = io.BytesIO()
     with io.TextIOWrapper(printed, encoding, write_through=True) as stdout:
@@ -258,7 +258,7 @@ def test_a_model_that_cannot_be_loaded_gives_exit_code_2(
     def load(spec: ModelSpec) -> LanguageModel:
         raise ModelNotFound(f"there is no {spec.base_model!r}.\nLook again.")
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(running, "load_model", load)
     assert cli.main(["judge", "a", "--model", "no/such"]) == 2
     assert capsys.readouterr().err == "alpaca: there is no 'no/such'. Look again.\n"
 
@@ -290,7 +290,13 @@ def test_people_get_something_to_read_without_escape_codes(command: str, capsys:
     assert "a library that prints" not in printed.out
 
 
-@pytest.mark.parametrize("command", ["", "generate", "answer", "judge", "tokens", "import-adapter", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "generate", "answer", "judge", "classify", "same-meaning", "is-outlier", "rate", "calibrate"),
+        *("fit-policy", "tokens", "import-adapter", "doctor"),
+    ],
+)
 def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"] if command else ["--help"])
@@ -306,7 +312,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 8
+    assert len(parsers) == 13
 
 
 def test_import_adapter_says_where_the_result_lies(
@@ -318,7 +324,7 @@ def test_import_adapter_says_where_the_result_lies(
         asked[source] = settings
         return tmp_path
 
-    monkeypatch.setattr(cli, "import_adapter", convert)
+    monkeypatch.setattr(commands, "import_adapter", convert)
     assert cli.main(["import-adapter", "some/adapter", "--template", "alpaca", "--out", "there", "--json"]) == 0
     assert asked == {"some/adapter": {"template": "alpaca", "revision": None, "out": Path("there")}}
     assert objects(capsys.readouterr().out) == [{"source": "some/adapter", "folder": str(tmp_path)}]
