@@ -95,6 +95,11 @@ def _parser() -> Parser:
         about = f"a file of {by}, or a name saved at the Prefect server"
         add(f"--{name}", metavar="NAME", help=about)
 
+    def shown_labels() -> None:
+        add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
+        add("--letters", action="store_true", help="call them A, B, C ... there, and read the letter")
+        add("--rotate-labels", action="store_true", help="ask in every rotation of them, and average")
+
     def min_coverage() -> None:
         about = "give no label below this coverage (default 0)"
         add("--min-coverage", type=float, default=0.0, metavar="P", help=about)
@@ -102,7 +107,7 @@ def _parser() -> Parser:
     add = command("judge", "TEXT ...", commands.run_judge, "judge each text by the model's logits", rows, model)
     labels("a choice, and other words that mean it")
     add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
-    add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
+    shown_labels()
     min_coverage()
     add("--all-segmentations", action="store_true", help="count every way to cut a label into tokens")
     saved("calibration", "`alpaca calibrate`")
@@ -141,7 +146,7 @@ def _parser() -> Parser:
         add("file", metavar="FILE", help=f'JSON Lines of {{"text": ..., "label": ...}}, {what}')
         labels("as for judge")
         add("--instruction", metavar="TEXT", help="as for judge")
-        add("--show-labels", action=argparse.BooleanOptionalAction, help="as for judge")
+        shown_labels()
         about = "the command that it is for, whose prompt is asked (default judge)"
         add("--for", dest="command", choices=("judge", "classify"), default="judge", help=about)
         add("--out", type=Path, metavar="FILE", help=f"write it here; `alpaca judge --{used} FILE` reads it")

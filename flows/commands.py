@@ -98,6 +98,8 @@ def run_judge(options: argparse.Namespace) -> int:
             labels,
             instruction=options.instruction,
             show_labels=options.show_labels,
+            letters=options.letters,
+            rotate_labels=options.rotate_labels,
             min_coverage=options.min_coverage,
             all_segmentations=options.all_segmentations,
             calibration=calibration,
@@ -236,9 +238,13 @@ def run_fit_policy(options: argparse.Namespace) -> int:
 def _question(options: argparse.Namespace) -> dict[str, Any]:
     """Return how the command that `options` are for asks about a text."""
     if options.command == "judge":
-        return {"instruction": options.instruction, "show_labels": options.show_labels}
-    if options.show_labels:
-        raise InvalidRequest("classify never names its labels in the prompt, so --show-labels has no use. Drop it.")
+        names = ("instruction", "show_labels", "letters", "rotate_labels")
+        return {name: getattr(options, name) for name in names}
+    if options.show_labels or options.letters or options.rotate_labels:
+        raise InvalidRequest(
+            "classify never names its labels in the prompt, so --show-labels, --letters and --rotate-labels have no use. "
+            "Drop them."
+        )
     return {
         "instruction": options.instruction or prompts.CLASSIFY,
         "show_labels": False,

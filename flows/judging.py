@@ -41,6 +41,8 @@ def judge_texts(
     labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: str | None = "Classify this headline.",
     show_labels: bool | None = False,
+    letters: bool = False,
+    rotate_labels: bool = False,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
     calibration: str | None = None,
     method: Method = "logits",
@@ -59,6 +61,8 @@ def judge_texts(
         labels: The choices, one row each; other words that mean the same may follow, as in Yes=y,true.
         instruction: The question about each text; without one each text is the question itself.
         show_labels: Name the labels in the prompt, which large models need and small ones are led astray by.
+        letters: Call the labels in the prompt A, B, C and so on, and read the letter.
+        rotate_labels: Ask in every rotation of the labels in the prompt, and average, so that no order can matter.
         min_coverage: Give no label where all labels together had less of the model's probability than this.
         calibration: Name of a calibration that was saved for this model, question and labels.
         method: Read the logits, or draw samples in words and count.
@@ -90,6 +94,8 @@ def judge_texts(
             choices,
             instruction=instruction,
             show_labels=show_labels,
+            letters=letters,
+            rotate_labels=rotate_labels,
             min_coverage=min_coverage,
             calibration=calibrated,
             method=method,
