@@ -242,8 +242,8 @@ def _question(options: argparse.Namespace) -> dict[str, Any]:
         return {name: getattr(options, name) for name in names}
     if options.show_labels or options.letters or options.rotate_labels:
         raise InvalidRequest(
-            "classify never names its labels in the prompt, so --show-labels, --letters and --rotate-labels have no use. "
-            "Drop them."
+            "classify never names its labels in the prompt, so --show-labels, --letters and --rotate-labels have no "
+            "use. Drop them."
         )
     return {
         "instruction": options.instruction or prompts.CLASSIFY,
