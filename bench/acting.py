@@ -11,18 +11,25 @@ from sets import ASKED, TOPICS, Task, rows_of, shuffled
 from sklearn.metrics import roc_auc_score
 
 from alpaca_core import (
+    Answer,
     Judgment,
     LanguageModel,
     RowError,
+    Sampling,
+    answer,
+    cascade,
     decide,
     fit_calibration,
     fit_display,
     fit_policy,
     is_outlier,
     judge,
+    measure_cascade,
     measure_order,
     rate,
 )
+from alpaca_core.cascading import reasoned_question, reasoned_texts
+from alpaca_core.consistency import normal_form
 from alpaca_core.fitting import PRIDE_ROWS
 from alpaca_core.spec import Value
 
@@ -31,6 +38,8 @@ Rows = list[dict[str, Any]]
 DRAWS, DRAWN = 200, 500
 """Policies that are fitted, and labelled rows that each is fitted on."""
 PRECISION, CONFIDENCE = 0.9, 0.95
+REASONING, SAMPLES = 96, 5
+"""Tokens of a reasoning, and samples that vote."""
 EXAMPLES = 8
 """Rows of one topic that outliers are held against."""
 
@@ -97,16 +106,16 @@ def outliers(model: LanguageModel, data: Path, rows: int) -> float:
     texts: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for row in random.Random(0).sample(found := rows_of(data / "agnews_dev.jsonl"), len(found)):
         texts[row["label"]].append(str(row["title"]))
-    areas = []
+    areas: list[float | None] = []
     for topic in TOPICS:
         own = texts[topic][EXAMPLES : EXAMPLES + rows]
         others = [text for other in TOPICS if other != topic for text in texts[other][: rows // 3]]
         judged = is_outlier(model, [*own, *others], texts[topic][:EXAMPLES])
         areas.append(_area([False] * len(own) + [True] * len(others), judged, "p_outlier"))
-    return float(numpy.mean(areas))
+    return float(numpy.mean([area for area in areas if area is not None]))
 
 
-def ratings(model: LanguageModel, data: Path, rows: int) -> float:
+def ratings(model: LanguageModel, data: Path, rows: int) -> float | None:
     """The AUROC of the score of GSM8K solutions: whether right ones are rated higher."""
     some = random.Random(0).sample(rows_of(data / "gsm8k_solutions_dev.jsonl"), rows)
     texts = [f"Question: {row['question']}\nSolution: {row['solution']}" for row in some]
@@ -114,12 +123,58 @@ def ratings(model: LanguageModel, data: Path, rows: int) -> float:
     return _area([row["is_correct"] for row in some], rated, "score")
 
 
-def _area(positive: Sequence[bool], results: Sequence[Value | RowError], field: str) -> float:
+def cascades(model: LanguageModel, task: Task, data: Path, fit: int, rows: int) -> dict[str, Any]:
+    """What reasoning about close rows only does, at every margin, from one run that reasons about all."""
+    texts, gold = shuffled(task, data)
+    known, judged = slice(fit), slice(fit, fit + rows)
+    question = {name: value for name, value in task.question.items() if name in ("instruction", "show_labels")}
+    sampling = Sampling(max_new_tokens=REASONING)
+    calibration = fit_calibration(model, texts[known], task.labels, gold[known], **question)
+    settings: dict[str, Any] = {"margin": 1.0, "sampling": sampling, **question}
+    reasoned = reasoned_texts(cascade(model, texts[known], task.labels, **settings))
+    again = {**question, "instruction": reasoned_question(question.get("instruction"))}
+    second = fit_calibration(model, reasoned, task.labels, gold[known], **again)
+    run = cascade(model, texts[judged], task.labels, calibration=calibration, reasoned_calibration=second, **settings)
+    return {"set": task.name, **measure_cascade(run, gold[judged]).model_dump(mode="json")}
+
+
+def consistency(model: LanguageModel, data: Path, rows: int) -> dict[str, Any]:
+    """Share of right answers on MultiArith: at once, after reasoning, and by a vote of samples."""
+    some = random.Random(0).sample(rows_of(data / "multiarith_dev.jsonl"), rows)
+    questions, right = [row["question"] for row in some], [normal_form(str(row["answer"])) for row in some]
+    greedy, warm = Sampling(max_new_tokens=REASONING), Sampling(temperature=0.7, max_new_tokens=REASONING)
+    ways: dict[str, dict[str, Any]] = {
+        "at once": {"sampling": greedy, "reason": False, "verify": True},
+        "reasoned": {"sampling": greedy},
+        f"{SAMPLES} samples, shares alone": {"sampling": warm, "samples": SAMPLES, "verify": False},
+        f"{SAMPLES} samples, P(correct) too": {"sampling": warm, "samples": SAMPLES},
+    }
+    found = {}
+    for way, settings in ways.items():
+        answers = answer(model, questions, **settings)
+        hits = [isinstance(row, Answer) and _number_in(row) == label for row, label in zip(answers, right, strict=True)]
+        sure = [(hit, row) for hit, row in zip(hits, answers, strict=True) if isinstance(row, Answer)]
+        found[way] = {
+            "accuracy": sum(hits) / len(hits),
+            "auroc_p_correct": _area([hit for hit, _ in sure], [row for _, row in sure], "p_correct"),
+            "auroc_share": _area([hit for hit, _ in sure], [row for _, row in sure], "share"),
+        }
+    return {"rows": len(some), **found}
+
+
+def _number_in(row: Answer) -> str | None:
+    """The answer without what it counts: 10 of `10 pierogi`."""
+    return normal_form(row.final_answer).split(" ")[0] if row.final_answer else None
+
+
+def _area(positive: Sequence[bool], results: Sequence[Value | RowError], field: str) -> float | None:
     known = [
         (right, value)
         for right, row in zip(positive, results, strict=True)
         if (value := getattr(row, field, None)) is not None
     ]
+    if len({right for right, _ in known}) < 2:
+        return None  # nothing to tell apart
     return float(roc_auc_score(*zip(*known, strict=True)))
 
 

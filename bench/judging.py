@@ -33,7 +33,7 @@ from alpaca_core import (
 )
 
 METHODS = ("none", "contextual", "batch", "temperature", "vector")
-MORE = ("order", "precision", "outliers", "ratings")
+MORE = ("order", "precision", "outliers", "ratings", "cascades", "consistency")
 
 
 def run(model: LanguageModel, task: Task, data: Path, fit: int, rows: int) -> dict[str, Any]:
@@ -126,6 +126,11 @@ def main() -> None:
             "precision": lambda: acting.precision(model, options.data, topics, options.fit, options.rows),
             "outliers": lambda: acting.outliers(model, options.data, options.rows // 5),
             "ratings": lambda: acting.ratings(model, options.data, options.rows),
+            "cascades": lambda: [
+                acting.cascades(model, sets[name], options.data, options.fit, options.rows // 2)
+                for name in ("AG News, asked", "GSM8K solutions")
+            ],
+            "consistency": lambda: acting.consistency(model, options.data, min(options.rows // 4, 300)),
         }
         for name, section in sections.items():
             if not wanted or name in wanted:
