@@ -8,6 +8,8 @@ Importing this package imports no torch; `load_model` does, once it loads.
 
 from alpaca_core.answering import Answer, answer
 from alpaca_core.calibration import Calibration
+from alpaca_core.cascading import CascadeJudgment, CascadeMeasurement, cascade, measure_cascade
+from alpaca_core.consistency import Vote
 from alpaca_core.deciding import Decision, Policy, decide, fit_policy
 from alpaca_core.fitting import fit_calibration
 from alpaca_core.generation import generate
@@ -25,6 +27,8 @@ from alpaca_core.verification import Verification, verify
 __all__ = [
     "Answer",
     "Calibration",
+    "CascadeJudgment",
+    "CascadeMeasurement",
     "Completion",
     "Conclusion",
     "Decision",
@@ -45,7 +49,9 @@ __all__ = [
     "Token",
     "TokenProbability",
     "Verification",
+    "Vote",
     "answer",
+    "cascade",
     "chain_of_thought",
     "classify",
     "conclude",
@@ -60,6 +66,7 @@ __all__ = [
     "judge",
     "load_model",
     "measure",
+    "measure_cascade",
     "measure_order",
     "next_tokens",
     "rate",

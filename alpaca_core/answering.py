@@ -1,4 +1,4 @@
-"""Reason, conclude, verify, and try again where the answer does not convince."""
+"""Reason, conclude, verify; try again where the answer does not convince, or let several samples vote."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from alpaca_core import reasoning, verification
+from alpaca_core.consistency import Vote, tally
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError
 from alpaca_core.prompts import NO_ANSWER
@@ -17,6 +18,9 @@ from alpaca_core.verification import Verification
 MOST_ATTEMPTS = 1_000
 """Attempts at one question."""
 
+MOST_SAMPLES = 1_000
+"""Samples of one question."""
+
 
 class Answer(Value):
     """An answer, how it came about, and how sure the model is of it.
@@ -26,6 +30,11 @@ class Answer(Value):
     took; the best one is kept. `finish_reason` is ``length`` where the reasoning or the answer was cut at
     its limit of tokens. `escaped` says that a line in one of the prompts that equalled a template's
     marker got a leading space.
+
+    Of several samples it is the likeliest one of those that agree with the winning answer; `share` is their
+    share of all samples, None where only one was asked for, `p_correct` combines it with what the verifier
+    says (`consistency.tally`), and `votes` are all answers that were given, from the heaviest down. Where no
+    sample has a final answer, it is the likeliest sample, with a share of 0.
     """
 
     question: str
@@ -36,6 +45,8 @@ class Answer(Value):
     attempts: int
     finish_reason: Literal["stop", "length"] = "stop"
     escaped: bool = False
+    share: float | None = None
+    votes: tuple[Vote, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +68,17 @@ def answer(
     verify: bool = True,
     max_attempts: int = 1,
     min_p_correct: float = 0.5,
+    samples: int = 1,
     template: TemplateName | None = None,
     adapter: str | None = DEFAULT_ADAPTER,
     progress: Progress | None = None,
 ) -> list[Answer | RowError]:
     """Answer each question: reason, conclude, verify; below `min_p_correct` try again and keep the best.
+
+    With `samples` above 1 each question is answered so many times instead, and the samples vote
+    (self-consistency, Wang et al. 2022, arXiv 2203.11171), each with the weight of its P(correct) where it
+    has one (Li et al. 2023, arXiv 2206.02336, section 3). `consistency.py` says what counts as the same
+    answer. Samples that failed have no say.
 
     Args:
         model: From `load_model`.
@@ -72,6 +89,8 @@ def answer(
         verify: Whether to judge the answer.
         max_attempts: Most attempts at one question; more than one needs a temperature above 0 and `verify`.
         min_p_correct: P(correct) that ends the attempts, between 0 and 1.
+        samples: Answers to each question that vote; more than one needs a temperature above 0, and excludes
+            more than one attempt.
         template: Overrides the model's.
         adapter: Name of the LoRA weights to use; None for the bare base.
         progress: Called with the number of questions just finished; each step is a part of one.
@@ -102,6 +121,7 @@ def answer(
         verify=verify,
         max_attempts=max_attempts,
         min_p_correct=min_p_correct,
+        samples=samples,
         template=template,
         adapter=adapter,
         progress=progress,
@@ -118,6 +138,7 @@ def attempt(
     verify: bool,
     max_attempts: int,
     min_p_correct: float,
+    samples: int = 1,
     template: TemplateName | None = None,
     adapter: str | None = DEFAULT_ADAPTER,
     progress: Progress | None = None,
@@ -130,20 +151,29 @@ def attempt(
         verify=verify,
         max_attempts=max_attempts,
         min_p_correct=min_p_correct,
+        samples=samples,
     )
+    once = partial(
+        _attempt_once,
+        steps,
+        sampling=sampling,
+        conclusion_tokens=conclusion_tokens,
+        reason=reason,
+        verify=verify,
+        options={"template": template, "adapter": adapter},
+    )
+    if samples > 1:
+        repeated = [question for question in questions for _ in range(samples)]
+        indices = list(range(samples)) * len(questions)
+        drawn = once(repeated, indices, progress=progress and (lambda done: progress(done / samples)))
+        return [_most_agreed(drawn[start : start + samples]) for start in range(0, len(drawn), samples)]
     results: dict[int, Answer | RowError] = {}
     pending = list(range(len(questions)))
     share = 1 / max_attempts
     for index in range(max_attempts):
-        tried = _attempt_once(
-            steps,
+        tried = once(
             [questions[place] for place in pending],
-            sampling,
-            index,
-            conclusion_tokens=conclusion_tokens,
-            reason=reason,
-            verify=verify,
-            options={"template": template, "adapter": adapter},
+            [index] * len(pending),
             progress=progress and (lambda done: progress(done * share)),
         )
         for place, new in zip(pending, tried, strict=True):
@@ -158,7 +188,13 @@ def attempt(
 
 
 def check_attempts(
-    sampling: Sampling, *, conclusion_tokens: int, verify: bool, max_attempts: int, min_p_correct: float
+    sampling: Sampling,
+    *,
+    conclusion_tokens: int,
+    verify: bool,
+    max_attempts: int,
+    min_p_correct: float,
+    samples: int = 1,
 ) -> None:
     """Refuse settings of `answer` that are out of range, or would have no effect.
 
@@ -171,6 +207,7 @@ def check_attempts(
         raise InvalidRequest(f"sampling is a Sampling, but got {sampling!r:.80}. Leave it out for greedy responses.")
     for name, value, most in (
         ("max_attempts", max_attempts, MOST_ATTEMPTS),
+        ("samples", samples, MOST_SAMPLES),
         ("conclusion_tokens", conclusion_tokens, 1_000_000),
     ):
         if not isinstance(value, int) or not 1 <= value <= most:
@@ -181,21 +218,30 @@ def check_attempts(
             f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "
             "attempt would be the first again, or none be chosen. Set both, or max_attempts=1."
         )
+    if samples > 1 and sampling.temperature == 0:
+        raise InvalidRequest(
+            f"samples={samples} has no effect at temperature 0, where every sample would be the first again. "
+            "Set a temperature such as 0.7, or samples=1."
+        )
+    if samples > 1 and max_attempts > 1:
+        raise InvalidRequest(
+            f"samples vote or attempts are tried until one convinces, but got samples={samples} and "
+            f"max_attempts={max_attempts}. Set one of the two to 1."
+        )
 
 
 def _attempt_once(
     steps: Steps,
     questions: Sequence[str | RowError],
-    sampling: Sampling,
-    index: int,
+    indices: Sequence[int],
     *,
+    sampling: Sampling,
     conclusion_tokens: int,
     reason: bool,
     verify: bool,
     options: dict[str, Any],
     progress: Progress | None,
 ) -> list[Answer | RowError]:
-    indices = [index] * len(questions)
     short = sampling.model_copy(update={"max_new_tokens": conclusion_tokens})
     if progress:
         count = reason + 1 + verify
@@ -211,7 +257,7 @@ def _attempt_once(
         checks = steps.verify(questions, said, **options)
 
     def combine(
-        question: str, thought: Completion | None, conclusion: Conclusion, check: Verification | None
+        question: str, index: int, thought: Completion | None, conclusion: Conclusion, check: Verification | None
     ) -> Answer:
         cut = any(step.finish_reason == "length" for step in (thought, conclusion) if step)
         return Answer(
@@ -225,7 +271,7 @@ def _attempt_once(
             escaped=any(step.escaped for step in (thought, conclusion, check) if step),
         )
 
-    return map_rows(combine, questions, thoughts, conclusions, checks)
+    return map_rows(combine, questions, indices, thoughts, conclusions, checks)
 
 
 def _better(best: Answer | RowError | None, new: Answer | RowError) -> Answer | RowError:
@@ -239,3 +285,13 @@ def _better(best: Answer | RowError | None, new: Answer | RowError) -> Answer | 
 
 def _unconvincing(row: Answer | RowError, min_p_correct: float) -> bool:
     return isinstance(row, Answer) and (row.p_correct or 0.0) < min_p_correct
+
+
+def _most_agreed(drawn: Sequence[Answer | RowError]) -> Answer | RowError:
+    """Let the samples of one question vote; an error where all of them failed."""
+    answers = [row for row in drawn if isinstance(row, Answer)]
+    if not answers:
+        return drawn[0]
+    found = tally([row.final_answer for row in answers], [row.p_correct for row in answers])
+    voted = {"attempts": 1, "share": found.share, "p_correct": found.p_correct, "votes": found.votes}
+    return answers[found.winner].model_copy(update=voted)

@@ -115,7 +115,7 @@ class Asking:
         info = self._model.info
         used = info.adapter(self.adapter)
         words = [label.model_dump(mode="json") for label in self.labels]
-        asked = self._slots("\N{OBJECT REPLACEMENT CHARACTER}")
+        asked = self.slots("\N{OBJECT REPLACEMENT CHARACTER}")
         shown = [self.shows_labels, self._letters, self.rotates]
         return Binding(
             model=info.digest,
@@ -135,7 +135,7 @@ class Asking:
             RowRejected: If the prompt is too long, or cannot be encoded.
             InvalidLabels: If a label cannot be spelt after this prompt.
         """
-        instruction, input = self._slots(text)
+        instruction, input = self.slots(text)
         if self.shows_labels:
             instruction = with_labels(instruction, self.labels[turn:] + self.labels[:turn], self._letters)
         prompt = self._writer.encode(instruction, input)
@@ -194,7 +194,7 @@ class Asking:
             return map_rows(averaged, self.turned_log_masses(texts, adapter, progress))
         return self.log_masses(self.about_each(texts), adapter, progress)
 
-    def _slots(self, text: str) -> tuple[str, str | None]:
+    def slots(self, text: str) -> tuple[str, str | None]:
         """Put a text into the question: an instruction, and the input that it works on."""
         if self._instruction is None:
             return text, None

@@ -54,6 +54,18 @@ class Policy(Value):
     bound: float = Field(ge=0.0, le=1.0)
     calibration: str | None = None
 
+    def check(self, *calibrations: str | None) -> None:
+        """Refuse judgments of other calibrations than the policy's, named by digest; None is none.
+
+        Raises:
+            InvalidRequest: With both.
+        """
+        if others := set(calibrations) - {self.calibration}:
+            raise InvalidRequest(
+                f"this policy is for judgments of the calibration {_named({self.calibration})}, but got some of "
+                f"{_named(others)}. Calibrate them alike, or fit a policy on them."
+            )
+
 
 class Decision(Value):
     """What to do with a judgment, its label, and its confidence: the top probability."""
@@ -136,11 +148,7 @@ def decide(judgments: Sequence[Judgment | RowError], policy: Policy) -> list[Dec
     Raises:
         InvalidRequest: For judgments of another calibration than the policy's.
     """
-    if others := _calibrations(judgments) - {policy.calibration}:
-        raise InvalidRequest(
-            f"this policy is for judgments of the calibration {_named({policy.calibration})}, but got some of "
-            f"{_named(others)}. Calibrate them alike, or fit a policy on them."
-        )
+    policy.check(*_calibrations(judgments))
 
     def decision(judgment: Judgment) -> Decision:
         confidence = _confidence(judgment)

@@ -58,6 +58,11 @@ IS_OUTLIER = "These texts are of one kind:\n{reference}\n\nIs the next of that k
 # G-Eval's form, Liu et al. 2023, arXiv 2303.16634, section 2: a criterion and a scale.
 RATE = "{criterion}\nText: {text}\nRate it from {worst} (worst) to {best} (best). Answer with a number."
 
+# The second judgment of a cascade: its instruction is not the first one's, so no calibration fits both by chance.
+REASON_ABOUT = "{question}\nThe choices are: {labels}."
+REASONED = "Use the reasoning below to answer.\n{question}"
+REASONING = "{text}\nReasoning: {reasoning}"
+
 NO_ANSWER = "(no answer)"
 """What the verifier is shown where the model ended without a word."""
 

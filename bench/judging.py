@@ -12,17 +12,16 @@ import argparse
 import json
 import math
 import platform
-import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import acting
+from sets import Task, shuffled, tasks
 
 from alpaca_core import (
     Calibration,
     Judgment,
-    Label,
     LanguageModel,
     Measurement,
     ModelSpec,
@@ -31,75 +30,15 @@ from alpaca_core import (
     judge,
     load_model,
     measure,
-    prompts,
 )
-from alpaca_core.spec import YES_NO
-from alpaca_core.uses import pairs
 
 METHODS = ("none", "contextual", "batch", "temperature", "vector")
-COMPLETION = {"instruction": prompts.CLASSIFY, "template": "raw", "show_labels": False}
-ASKED = {"instruction": "Classify this article."}
-TOPICS = ("World", "Sports", "Business", "Technology")
-TOPICS_WITH_ALIASES = (
-    Label(name="World", aliases=("Politics", "International")),
-    Label(name="Sports", aliases=("Sport", "Football")),
-    Label(name="Business", aliases=("Finance", "Economy")),
-    Label(name="Technology", aliases=("Science", "Internet")),
-)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A labelled set as a question."""
-
-    name: str
-    file: str
-    text: Callable[[dict[str, Any]], str]
-    gold: Callable[[dict[str, Any]], str]
-    labels: Sequence[str | Label] = YES_NO
-    question: dict[str, Any] = field(default_factory=dict)
-
-
-def _article(row: dict[str, Any]) -> str:
-    return f"{row['title']}. {row['text']}"
-
-
-def _solution(row: dict[str, Any]) -> str:
-    return prompts.VERIFY.format(question=row["question"], answer=row["solution"])
-
-
-def _pair(row: dict[str, Any]) -> str:
-    return str(pairs([row["sentence1"]], [row["sentence2"]])[0])
-
-
-def _yes(field: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "Yes" if row[field] else "No"
-
-
-def _intent(row: dict[str, Any]) -> str:
-    return str(row["category"]).replace("_", " ")
-
-
-def tasks(data: Path) -> list[Task]:
-    """Return the sets; the intents of banking77 are those that occur in its file."""
-    intents = sorted({_intent(row) for row in _rows(data / "banking77_dev.jsonl")})
-    ag, pair = "agnews_dev.jsonl", {"instruction": prompts.SAME_MEANING}
-    return [
-        Task("AG News", ag, _article, lambda row: row["label"], TOPICS, COMPLETION),
-        Task("AG News, aliases", ag, _article, lambda row: row["label"], TOPICS_WITH_ALIASES, COMPLETION),
-        Task(
-            "AG News, asked", ag, _article, lambda row: row["label"], TOPICS, {"instruction": "Classify this article."}
-        ),
-        Task("MSRP", "msrp_dev.jsonl", _pair, _yes("is_paraphrase"), question=pair),
-        Task("GSM8K solutions", "gsm8k_solutions_dev.jsonl", _solution, _yes("is_correct")),
-        Task("banking77", "banking77_dev.jsonl", lambda row: row["text"], _intent, intents, COMPLETION),
-    ]
+MORE = ("order", "precision", "outliers", "ratings", "cascades", "consistency")
 
 
 def run(model: LanguageModel, task: Task, data: Path, fit: int, rows: int) -> dict[str, Any]:
     """Measure one set, raw and calibrated."""
-    shuffled = random.Random(0).sample(found := _rows(data / task.file), len(found))
-    texts, gold = [task.text(row) for row in shuffled], [task.gold(row) for row in shuffled]
+    texts, gold = shuffled(task, data)
     known, judged = slice(fit), slice(fit, fit + rows)
     started = time.perf_counter()
     raw = judge(model, texts[judged], task.labels, **task.question)
@@ -160,30 +99,47 @@ def _written(estimate: dict[str, float | None]) -> str:
     return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def main() -> None:
     """Measure, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=ModelSpec().base_model)
-    parser.add_argument("--fit", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--only", help="names of sets, separated by semicolons")
+    parser.add_argument("--fit", type=int, default=200, help="rows that calibrations are fitted on; 500 of banking77")
+    parser.add_argument("--rows", type=int, default=1000, help="rows that all is measured on; 700 of banking77 at most")
+    parser.add_argument("--only", help=f"sets and sections, separated by semicolons; sections are {', '.join(MORE)}")
     options = parser.parse_args()
-    spec = ModelSpec(base_model=options.model, dtype="float32", batch_size=64)
+    wanted = options.only.split(";") if options.only else None
     figures: dict[str, Any] = {"machine": platform.platform(), "sets": {}}
-    with load_model(spec) as model:
+    with load_model(ModelSpec(base_model=options.model, dtype="float32", batch_size=64)) as model:
         figures["model"] = model.info.model_dump(mode="json", exclude={"chat_template"})
-        for task in tasks(options.data):
-            if not options.only or task.name in options.only.split(";"):
-                figures["sets"][task.name] = run(model, task, options.data, options.fit, options.rows)
+        sets = {task.name: task for task in tasks(options.data)}
+        for name, task in sets.items():
+            if not wanted or name in wanted:
+                many = len(task.labels) > 20
+                fit, rows = (max(options.fit, 500), min(options.rows, 700)) if many else (options.fit, options.rows)
+                figures["sets"][name] = run(model, task, options.data, fit, rows)
                 options.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        topics = sets["AG News, aliases"]
+        sections = {
+            "order": lambda: acting.order(model, topics, options.data, options.fit, options.rows),
+            "precision": lambda: acting.precision(model, options.data, topics, options.fit, options.rows),
+            "outliers": lambda: acting.outliers(model, options.data, options.rows // 5),
+            "ratings": lambda: acting.ratings(model, options.data, options.rows),
+            "cascades": lambda: [
+                acting.cascades(model, sets[name], options.data, options.fit, options.rows // 2)
+                for name in ("AG News, asked", "GSM8K solutions")
+            ],
+            "consistency": lambda: acting.consistency(model, options.data, min(options.rows // 4, 300)),
+        }
+        for name, section in sections.items():
+            if not wanted or name in wanted:
+                figures[name] = section()
+                options.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+                print(name, figures[name], flush=True)
     print(table(figures))
+    if "order" in figures:
+        print(acting.order_table(figures["order"]))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefect_alpaca.flows.answering import answer_question
     from prefect_alpaca.flows.choosing import generate_and_judge
-    from prefect_alpaca.flows.judging import judge_texts
+    from prefect_alpaca.flows.judging import classify_texts, judge_texts
+    from prefect_alpaca.flows.uses import compare_texts, find_outliers, rate_texts
 
-__all__ = ["answer_question", "generate_and_judge", "judge_texts"]
+__all__ = [
+    "answer_question",
+    "classify_texts",
+    "compare_texts",
+    "find_outliers",
+    "generate_and_judge",
+    "judge_texts",
+    "rate_texts",
+]
 
-_ROOMS = {"answer_question": "answering", "generate_and_judge": "choosing", "judge_texts": "judging"}
+_ROOMS = {
+    "answer_question": "answering",
+    "classify_texts": "judging",
+    "compare_texts": "uses",
+    "find_outliers": "uses",
+    "generate_and_judge": "choosing",
+    "judge_texts": "judging",
+    "rate_texts": "uses",
+}
 
 
 def __getattr__(name: str) -> Any:

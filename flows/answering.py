@@ -1,4 +1,4 @@
-"""The flow `answer-question`: reason, conclude, verify, try again; the core's `answer` as a chain of tasks."""
+"""The flow `answer-question`: reason, conclude, verify, try again or vote; the core's `answer` as a chain of tasks."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -12,7 +12,7 @@ from alpaca_core.answering import Steps, attempt, check_attempts
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.spec import GREEDY, Value
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections
+from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
@@ -32,6 +32,7 @@ def answer_question(
     verify: bool = True,
     max_attempts: Annotated[int, Field(ge=1)] = 1,
     min_p_correct: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    samples: Annotated[int, Field(ge=1)] = 1,
     conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
     sampling: Sampling = GREEDY,
     adapter: str | None = DEFAULT_ADAPTER,
@@ -45,6 +46,7 @@ def answer_question(
         verify: Read P(correct) of each answer from the model.
         max_attempts: Most attempts at one question; more than one needs a temperature above 0.
         min_p_correct: P(correct), between 0 and 1, that ends the attempts.
+        samples: Answers to each question that vote; more than one needs a temperature above 0.
         conclusion_tokens: Most tokens of a conclusion.
         sampling: How the tokens of reasoning and conclusion are chosen.
         adapter: Which of the model's LoRA weights to use, by name; none for the bare base.
@@ -61,6 +63,7 @@ def answer_question(
         "verify": verify,
         "max_attempts": max_attempts,
         "min_p_correct": min_p_correct,
+        "samples": samples,
     }
     check_attempts(sampling, **settings)  # before a model is loaded
     status = tasks.load_model(model)
@@ -103,6 +106,8 @@ def _section(answer: Answer | RowError) -> str:
     if answer.p_correct is not None:
         tries = f" · best of {answer.attempts} attempts" if answer.attempts > 1 else ""
         parts.append(f"P(correct) {bar(answer.p_correct)}{tries}")
+    if answer.share is not None:
+        parts += [f"Agreement {bar(answer.share)}", _votes(answer)]
     if answer.reasoning:
         parts += ["Reasoning:", quote(answer.reasoning)]
     if answer.final_answer:
@@ -112,12 +117,28 @@ def _section(answer: Answer | RowError) -> str:
     return "\n\n".join(parts)
 
 
+def _votes(answer: Answer) -> str:
+    if not answer.votes:
+        return "*No sample has an answer that stands out.*"
+    rows = [
+        [
+            cell(vote.answer),
+            str(vote.count),
+            f"{vote.share:.2f}",
+            "" if vote.p_correct is None else f"{vote.p_correct:.2f}",
+        ]
+        for vote in answer.votes
+    ]
+    return table(["Answer", "Samples", "Share", "Mean P(correct)"], rows)
+
+
 def _table_row(question: str, answer: Answer | RowError) -> Json:
     done = answer if isinstance(answer, Answer) else None
     return {
         "question": cell(question),
         "answer": cell(done.final_answer or done.answer) if done else None,
         "p_correct": round(done.p_correct, 4) if done and done.p_correct is not None else None,
+        "share": round(done.share, 4) if done and done.share is not None else None,
         "attempts": done.attempts if done else None,
         "error": inline(answer.message) if isinstance(answer, RowError) else None,
     }

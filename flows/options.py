@@ -1,6 +1,8 @@
 """What people type, turned into the core's values: options, each with the name of its field, and labels."""
 
 import argparse
+import math
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -129,15 +131,51 @@ def labelled_texts(path: str) -> tuple[list[str], list[str] | None]:
     Raises:
         InvalidRequest: If it cannot be read, or a line is no object with a ``text``.
     """
-    try:
-        lines = _lines() if path == "-" else Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} must be a file of JSON Lines in UTF-8, but: {error}. Check the path.") from error
+    lines = _lines() if path == "-" else _content(path, "a file of JSON Lines").split("\n")
     rows = [_labelled(place, line) for place, line in enumerate(lines, 1) if line.strip()]
     gold = [row.label for row in rows if row.label is not None]
     if gold and len(gold) < len(rows):
         raise InvalidRequest(f'either every line has a "label" or none, but {path} has both. Keep one kind.')
     return [row.text for row in rows], gold or None
+
+
+def reference_of(arguments: list[str]) -> list[str]:
+    """Return reference rows: the arguments, or the rows of a file in place of an argument that names one.
+
+    A file whose name ends in ``.jsonl`` holds JSON Lines, as `labelled_texts` reads them; any other a row on
+    each line that is not blank.
+    """
+    rows: list[str] = []
+    for argument in arguments:
+        if not os.path.isfile(argument):  # and not Path.is_file, which raises for a long text
+            rows.append(argument)
+        elif argument.endswith(".jsonl"):
+            rows += labelled_texts(argument)[0]
+        else:
+            rows += [line.strip() for line in _content(argument, "a file of rows").split("\n") if line.strip()]
+    return rows
+
+
+def share_of(text: str) -> float:
+    """Read a share above 0 and below 1.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else, so that argparse names the option.
+    """
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share < 1.0:
+        raise argparse.ArgumentTypeError(f"it lies above 0 and below 1, but got {text!r:.80}. Use 0.9 to 0.99.")
+    return share
+
+
+def _content(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} must be {what} in UTF-8, but: {error}. Check the path.") from error
 
 
 class _Labelled(BaseModel):

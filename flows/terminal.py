@@ -1,14 +1,26 @@
 """How results look in a terminal. Texts are shown as themselves: never as markup, never as escape codes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from alpaca_core import Answer, Calibration, Completion, Judgment, RowError, Token, TokenProbability
+from alpaca_core import (
+    Answer,
+    Calibration,
+    Completion,
+    Judgment,
+    Outlier,
+    Policy,
+    Rating,
+    RowError,
+    Token,
+    TokenProbability,
+)
+from prefect_alpaca.flows.routing import Routed, statement
 
 console = Console(highlight=False)
 
@@ -29,6 +41,17 @@ def bar(share: float) -> Text:
     """Draw a share between 0 and 1, with its number."""
     full = round(10 * share)
     return Text.assemble(("▰" * full, "green"), ("▱" * (10 - full), "bright_black"), f" {share:.2f}")
+
+
+def columns(distribution: Mapping[str, float]) -> str:
+    """Draw a distribution as columns, the highest of them full.
+
+    Example:
+        >>> columns({"1": 0.1, "2": 0.4, "3": 0.0})
+        '▃█▁'
+    """
+    most = max(distribution.values())
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * share / most) if most else 0] for share in distribution.values())
 
 
 def failure(error: RowError) -> Text:
@@ -59,6 +82,12 @@ def answer_view(question: str, row: Answer | RowError) -> RenderableType:
         if row.p_correct is not None:
             tries = f"  best of {row.attempts} attempts" if row.attempts > 1 else ""
             facts.add_row(Text("P(correct)", "green"), bar(row.p_correct) + tries)
+        if row.share is not None:
+            facts.add_row(Text("Agreement", "green"), bar(row.share))
+        for place, vote in enumerate(row.votes):
+            sure = "" if vote.p_correct is None else f", mean P(correct) {vote.p_correct:.2f}"
+            said = Text.assemble(text(vote.answer), (f"  {vote.count} of {vote.count / vote.share:.0f}{sure}", "dim"))
+            facts.add_row("" if place else Text("Votes", "green"), said)
         parts.append(facts)
     return Group(text(question, "bold cyan"), _indented(Group(*parts)))
 
@@ -67,19 +96,15 @@ def judgments_view(texts: Sequence[str], rows: Sequence[Judgment | RowError]) ->
     """Show judgments as a table, one row a text; a single one in full."""
     if len(rows) == 1:
         return failure(rows[0]) if isinstance(rows[0], RowError) else judgment_view(rows[0])
-    table = Table(box=None, pad_edge=False, header_style="green", padding=(0, 1))
-    table.add_column("Text", overflow="fold", ratio=1)
-    for heading in ("Label", "Probability", "Coverage"):
-        table.add_column(heading, no_wrap=True)
-    for judged, row in zip(texts, rows, strict=True):
-        if isinstance(row, RowError):
-            table.add_row(Group(*([text(judged)] if judged.strip() else []), failure(row)))
-        elif row.label is None:
-            table.add_row(text(judged), Text("none", "yellow"), "", f"{row.coverage:.2g}")
-        else:
-            share = bar(row.probabilities[row.label])
-            table.add_row(text(judged), text(row.label, "bold"), share, f"{row.coverage:.2g}")
-    return table
+    routed = any(isinstance(row, Routed) for row in rows)
+
+    def cells(row: Judgment) -> list[RenderableType]:
+        label = text(row.label, "bold") if row.label else Text("none", "yellow")
+        action = [_action(row)] if isinstance(row, Routed) else []
+        return [label, bar(row.probabilities[row.label]) if row.label else "", f"{row.coverage:.2g}", *action]
+
+    headings = ["Label", "Probability", "Coverage", *(["Action"] if routed else [])]
+    return _rows(texts, headings, [row if isinstance(row, RowError) else cells(row) for row in rows])
 
 
 def judgment_view(row: Judgment) -> RenderableType:
@@ -88,7 +113,31 @@ def judgment_view(row: Judgment) -> RenderableType:
     for name, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
         table.add_row(text(name, "bold" if name == row.label else ""), bar(share))
     notes = [f"no label: {row.reason}" if row.reason else f"coverage {row.coverage:.2g}", *row.notes]
-    return Group(table, text("; ".join(notes), "dim"))
+    action = [_action(row)] if isinstance(row, Routed) else []
+    return Group(table, *action, text("; ".join(notes), "dim"))
+
+
+def outliers_view(texts: Sequence[str], rows: Sequence[Outlier | RowError]) -> RenderableType:
+    """Show how probably each text is of another kind."""
+
+    def cells(row: Outlier) -> list[RenderableType]:
+        share = Text("unknown", "yellow") if row.p_outlier is None else bar(row.p_outlier)
+        return [share, f"{row.coverage:.2g}"]
+
+    shown = [row if isinstance(row, RowError) else cells(row) for row in rows]
+    return _rows(texts, ["P(outlier)", "Coverage"], shown)
+
+
+def ratings_view(texts: Sequence[str], rows: Sequence[Rating | RowError]) -> RenderableType:
+    """Show each text's score, and the distribution that it is the mean of, from the worst step to the best."""
+
+    def cells(row: Rating) -> list[RenderableType]:
+        if row.score is None:
+            return [Text("none", "yellow"), "", f"{row.coverage:.2g}"]
+        return [Text(f"{row.score:.2f}", "bold"), Text(columns(row.distribution), "green"), f"{row.coverage:.2g}"]
+
+    shown = [row if isinstance(row, RowError) else cells(row) for row in rows]
+    return _rows(texts, ["Score", "Worst to best", "Coverage"], shown)
 
 
 def calibration_view(calibration: Calibration) -> RenderableType:
@@ -97,6 +146,14 @@ def calibration_view(calibration: Calibration) -> RenderableType:
     for name, scale, bias in zip(calibration.bound.labels, calibration.scale, calibration.bias, strict=True):
         table.add_row(text(name), f"{scale:.3f}", f"{bias:+.3f}")
     return Group(table, text(f"{calibration.rows} rows; {calibration.reason}", "dim"))
+
+
+def policy_view(policy: Policy) -> RenderableType:
+    """Show what a policy accepts and reviews, and what holds for it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("accepted", bar(policy.accepted / policy.rows), f"{policy.accepted:,} of {policy.rows:,} rows")
+    table.add_row("precision", bar(policy.bound), f"at least, at confidence {policy.confidence:.4g}")
+    return Group(text(statement(policy)), table)
 
 
 def tokens_view(content: str, tokens: Sequence[Token], best: Sequence[TokenProbability]) -> RenderableType:
@@ -120,6 +177,24 @@ def check_view(name: str, state: str, found: str, remedy: str) -> RenderableType
     table.add_row(state, text(name), text(found))
     if remedy:
         table.add_row("", "", text(remedy, "italic"))
+    return table
+
+
+def _action(row: Routed) -> Text:
+    return Text(row.action, {"accept": "green", "review": "yellow", "abstain": "bright_black"}[row.action])
+
+
+def _rows(texts: Sequence[str], headings: Sequence[str], rows: Sequence[list[RenderableType] | RowError]) -> Table:
+    """Make a table of texts, each with its cells or with why it failed."""
+    table = Table(box=None, pad_edge=False, header_style="green", padding=(0, 1))
+    table.add_column("Text", overflow="fold", ratio=1)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for shown, cells in zip(texts, rows, strict=True):
+        if isinstance(cells, RowError):
+            table.add_row(Group(*([text(shown)] if shown.strip() else []), failure(cells)))
+        else:
+            table.add_row(text(shown), *cells)
     return table
 
 

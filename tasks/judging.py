@@ -11,6 +11,7 @@ from alpaca_core.calibration import Calibration
 from alpaca_core.judging import Method
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.spec import YES_NO, TemplateName
+from alpaca_core.verification import VerifyMethod
 from prefect_alpaca.tasks.rows import Json, run_name, run_verb
 
 
@@ -22,6 +23,8 @@ def judge(
     *,
     instruction: str | None = None,
     show_labels: bool | None = None,
+    letters: bool = False,
+    rotate_labels: bool = False,
     min_coverage: float = 0.0,
     all_segmentations: bool = False,
     calibration: Calibration | None = None,
@@ -39,6 +42,8 @@ def judge(
         labels,
         instruction=instruction,
         show_labels=show_labels,
+        letters=letters,
+        rotate_labels=rotate_labels,
         min_coverage=min_coverage,
         all_segmentations=all_segmentations,
         calibration=calibration,
@@ -57,7 +62,7 @@ def verify(
     answers: Sequence[str | RowError],
     *,
     reasonings: Sequence[str | RowError | None] | None = None,
-    method: Method = "logits",
+    method: VerifyMethod = "logits",
     samples: int = 10,
     seed: int = 0,
     template: TemplateName | None = None,

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from alpaca_core import ModelSpec, RowError
+from alpaca_core import Calibration, Label, ModelSpec, RowError
 from alpaca_core.rows import check_rows
 from alpaca_core.spec import Value
 from prefect_alpaca.tasks.model import loaded, run_logger
@@ -50,15 +50,18 @@ def run_verb(
 
     Args:
         verb: Takes the model, the rows, the arguments and the settings, and `progress`.
-        spec: The recipe of the model.
+        spec: The recipe of the model; it may come as JSON.
         rows: The batch.
         arguments: What follows the rows.
-        settings: Keyword arguments.
+        settings: Keyword arguments; a calibration may come as JSON.
 
     Returns:
         The rows as JSON, in order.
     """
     check_rows("rows", rows)
+    spec = ModelSpec.model_validate(spec)
+    if settings.get("calibration") is not None:
+        settings["calibration"] = Calibration.model_validate(settings["calibration"])
     model, logger = loaded(spec), run_logger()
     started = time.monotonic()
     with progress_bar(verb.__name__, len(rows)) as progress:
@@ -70,6 +73,13 @@ def run_verb(
         first = next(place for place, result in enumerate(results, 1) if isinstance(result, RowError))
         logger.warning("%d of %s failed; the first, row %d: %s", len(failed), batch, first, failed[0].message)
     return [result.model_dump(mode="json") for result in results]
+
+
+def labels_of(labels: object) -> Any:
+    """Turn the labels that come as JSON into `Label`; the verb says what is wrong with others."""
+    if not isinstance(labels, list | tuple):
+        return labels
+    return [Label.model_validate(label) if isinstance(label, dict) else label for label in labels]
 
 
 def values(kind: type[Kind], rows: Sequence[Json]) -> list[Kind | RowError]:

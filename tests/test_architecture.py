@@ -17,19 +17,26 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.demo",
     "prefect_alpaca.flows.cli",
+    "prefect_alpaca.flows.commands",
+    "prefect_alpaca.flows.running",
     "prefect_alpaca.flows.doctor",
     "prefect_alpaca.flows",
     "prefect_alpaca.flows.answering",
     "prefect_alpaca.flows.choosing",
+    "prefect_alpaca.flows.uses",
     "prefect_alpaca.flows.judging",
+    "prefect_alpaca.flows.review",
     "prefect_alpaca.flows.report",
     "prefect_alpaca.flows.options",
     "prefect_alpaca.flows.terminal",
+    "prefect_alpaca.flows.routing",
     "prefect_alpaca.tasks",
-    "prefect_alpaca.tasks.calibrations",
+    "prefect_alpaca.tasks.named",
     "prefect_alpaca.tasks.loading",
     "prefect_alpaca.tasks.generation",
     "prefect_alpaca.tasks.judging",
+    "prefect_alpaca.tasks.cascading",
+    "prefect_alpaca.tasks.uses",
     "prefect_alpaca.tasks.rows",
     "prefect_alpaca.tasks.model",
     "prefect_alpaca.tasks.progress",
@@ -53,9 +60,11 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.testing",
     "alpaca_core.answering",
     "alpaca_core.ordering",
+    "alpaca_core.cascading",
     "alpaca_core.measuring",
     "alpaca_core.bootstrap",
     "alpaca_core.verification",
+    "alpaca_core.consistency",
     "alpaca_core.uses",
     "alpaca_core.fitting",
     "alpaca_core.deciding",
@@ -153,6 +162,8 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
     assert alpaca_core.__all__ == [
         "Answer",
         "Calibration",
+        "CascadeJudgment",
+        "CascadeMeasurement",
         "Completion",
         "Conclusion",
         "Decision",
@@ -173,7 +184,9 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
         "Token",
         "TokenProbability",
         "Verification",
+        "Vote",
         "answer",
+        "cascade",
         "chain_of_thought",
         "classify",
         "conclude",
@@ -188,6 +201,7 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
         "judge",
         "load_model",
         "measure",
+        "measure_cascade",
         "measure_order",
         "next_tokens",
         "rate",
@@ -203,11 +217,16 @@ def test_alpaca_core_exports_sorted_and_pinned_names() -> None:
 def test_tasks_export_sorted_and_pinned_names() -> None:
     assert prefect_alpaca.tasks.__all__ == [
         "Json",
+        "cascade",
         "chain_of_thought",
+        "classify",
         "conclude",
         "generate",
+        "is_outlier",
         "judge",
         "load_model",
+        "rate",
+        "same_meaning",
         "use_model",
         "values",
         "verify",
@@ -216,7 +235,15 @@ def test_tasks_export_sorted_and_pinned_names() -> None:
 
 
 def test_flows_export_sorted_and_pinned_names() -> None:
-    assert prefect_alpaca.flows.__all__ == ["answer_question", "generate_and_judge", "judge_texts"]
+    assert prefect_alpaca.flows.__all__ == [
+        "answer_question",
+        "classify_texts",
+        "compare_texts",
+        "find_outliers",
+        "generate_and_judge",
+        "judge_texts",
+        "rate_texts",
+    ]
     assert all(hasattr(prefect_alpaca.flows, name) for name in prefect_alpaca.flows.__all__)
     assert set(prefect_alpaca.flows.__all__) <= set(dir(prefect_alpaca.flows))
     assert not hasattr(prefect_alpaca.flows, "no_such_flow")

@@ -3,8 +3,10 @@
 import pytest
 
 from alpaca_core import Answer, RowError, Sampling, answer, chain_of_thought, conclude, verify
+from alpaca_core.consistency import normal_form, pooled, tally
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.testing import FakeModel
+from alpaca_core.verification import DRAW_TEMPERATURE, FIRST_DRAW
 
 WARM = Sampling(temperature=1.0, max_new_tokens=64)
 
@@ -76,6 +78,122 @@ def test_an_unconvincing_answer_is_tried_again_and_the_best_attempt_kept() -> No
     assert all(row.attempts == 5 for row in answer(fake, questions, WARM, max_attempts=5, min_p_correct=1.0))
 
 
+def doubtful() -> FakeModel:
+    return FakeModel(
+        {
+            "Proposed answer: It is 10": {"Yes": 0.9, "No": 0.1},
+            "Proposed answer: $10.00": {"Yes": 0.7, "No": 0.3},
+            "Proposed answer: 7": {"Yes": 0.2, "No": 0.8},
+            "Proposed answer": {"Yes": 0.4, "No": 0.6},
+            "given these steps. So": {"It is 10 or so.": 0.2, "$10.00": 0.2, "7": 0.4, "Who could tell 3 from 4?": 0.2},
+            "Think step by step": {"So.": 0.9, "": 0.1},
+        },
+        otherwise="7.0",
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"reason": False}, {"verify": False}])
+def test_samples_vote_as_the_single_verbs_would(settings: dict[str, bool]) -> None:
+    questions = [f"Question {number}?" for number in range(12)]
+    found = answer(doubtful(), questions, WARM, samples=6, **settings)
+    winners = set()
+    for question, row in zip(questions, found, strict=True):
+        asked, indices = [question] * 6, range(6)
+        steps: list[str | None] = [None] * 6
+        if settings.get("reason", True):
+            thoughts = chain_of_thought(doubtful(), asked, WARM, sample_indices=indices)
+            steps = [thought.text.strip() or None for thought in thoughts]
+        short = WARM.model_copy(update={"max_new_tokens": 32})
+        said = conclude(doubtful(), asked, steps, short, sample_indices=indices)
+        checks: list[float | None] = [None] * 6
+        if settings.get("verify", True):
+            checks = [check.p_correct for check in verify(doubtful(), asked, [each.text for each in said])]
+        expected = tally([each.final_answer for each in said], checks)
+        assert row == Answer(
+            question=question,
+            reasoning=steps[expected.winner],
+            answer=said[expected.winner].text,
+            final_answer=said[expected.winner].final_answer,
+            p_correct=expected.p_correct,
+            attempts=1,
+            share=expected.share,
+            votes=expected.votes,
+        )
+        winners.add(normal_form(row.final_answer))
+    assert len(winners) > 1 or not settings.get("reason", True)
+
+
+def test_one_sample_is_the_plain_answer() -> None:
+    plain, one = (answer(doubtful(), ["Question?"], WARM, **settings) for settings in ({}, {"samples": 1}))
+    assert plain == one
+    assert (plain[0].share, plain[0].votes) == (None, ())
+
+
+def test_a_questions_votes_do_not_depend_on_the_other_questions() -> None:
+    questions = ["Question 1?", "", "Question 2?", "Question 3?"]
+    together = answer(doubtful(), questions, WARM, samples=5)
+    assert together == [answer(doubtful(), [question], WARM, samples=5)[0] for question in questions]
+    assert together[1].code == "empty_text"
+
+
+def test_samples_that_fail_have_no_say() -> None:
+    replies = {"Proposed": "Yes", "given these": "10", "Think": {"So " * 256 + ".": 0.5, "So.": 0.5}}
+    fake = FakeModel(replies, context_length=995)
+    row = answer(fake, ["Question?"], WARM.model_copy(update={"max_new_tokens": 770}), samples=8)[0]
+    assert isinstance(row, Answer)
+    assert 0 < row.votes[0].count < 8
+    assert row.share == 1.0
+
+
+def test_samples_without_an_answer_leave_the_likeliest() -> None:
+    fake = FakeModel({"Proposed": {"Yes": 0.3, "No": 0.7}}, otherwise="There are six or seven ways.")
+    row = answer(fake, ["Question?"], WARM, samples=3)[0]
+    assert (row.answer, row.share, row.votes) == ("There are six or seven ways.", 0.0, ())
+    assert row.p_correct == pytest.approx(2 * 0.3 / 5)
+
+
+def test_verification_weighs_agreement_with_its_own_answers() -> None:
+    questions, answers = ["Question 1?", "Question 2?", ""], ["The answer is $7.", "ten", "7"]
+    found = verify(doubtful(), questions, answers, method="consistent", samples=40, seed=5)
+    plain = verify(doubtful(), questions, answers)
+    sampling = Sampling(temperature=DRAW_TEMPERATURE, seed=5)
+    for question, given, row, by_logits in zip(questions[:2], answers, found, plain, strict=False):
+        asked, indices = [question] * 40, range(FIRST_DRAW, FIRST_DRAW + 40)
+        thoughts = chain_of_thought(doubtful(), asked, sampling, sample_indices=indices)
+        steps = [thought.text or None for thought in thoughts]
+        short = sampling.model_copy(update={"max_new_tokens": 32})
+        drawn = [each.final_answer for each in conclude(doubtful(), asked, steps, short, sample_indices=indices)]
+        agreed = sum(each in ("7", "7.0") for each in drawn) if given != "ten" else 0
+        assert row.share == agreed / 40
+        assert row.p_correct == pytest.approx(pooled(agreed, 40, by_logits.p_correct))
+        assert row.coverage == by_logits.coverage
+        assert by_logits.share is None
+    assert 0 < found[0].share < 1
+    assert (found[1].share, found[2].code) == (0.0, "empty_text")
+    assert 0 < found[1].p_correct < 0.05
+
+
+def test_verification_without_yes_or_no_still_has_the_agreement() -> None:
+    row = verify(FakeModel("Bonn"), ["Capital?"], ["bonn"], method="consistent", samples=4)[0]
+    assert (row.coverage, row.share) == (0.0, 1.0)
+    assert row.p_correct == pytest.approx(5 / 6)
+
+
+def test_a_verification_whose_draws_all_fail_fails() -> None:
+    row = verify(FakeModel("Yes", context_length=600), ["Q" * 200], ["Yes"], method="consistent")[0]
+    assert row.code == "prompt_too_long"
+    with pytest.raises(InvalidRequest, match="'consistent'"):
+        verify(world(), ["Capital?"], ["Bonn"], method="guessed")
+    with pytest.raises(InvalidRequest, match="samples"):
+        verify(world(), ["Capital?"], ["Bonn"], method="consistent", samples=0)
+
+
+def test_progress_of_a_consistent_verification_ends_at_the_number_of_rows() -> None:
+    done: list[float] = []
+    verify(world(), ["Capital?", "", "x"], ["Bonn"] * 3, method="consistent", samples=4, progress=done.append)
+    assert sum(done) == pytest.approx(3)
+
+
 def test_a_failed_row_stays_its_own_error_through_the_chain() -> None:
     results = answer(world(), ["Capital?", None, "", "Capital?"])
     assert [row.code if isinstance(row, RowError) else row.answer for row in results] == [
@@ -94,7 +212,10 @@ def test_a_model_that_says_nothing_is_still_an_answer() -> None:
     assert result.p_correct == pytest.approx(0.1, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reason": False}, {"sampling": WARM, "max_attempts": 3, "reason": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"reason": False}, {"sampling": WARM, "max_attempts": 3, "reason": False}, {"sampling": WARM, "samples": 3}],
+)
 def test_progress_moves_with_each_step_and_ends_at_the_number_of_questions(settings: dict[str, object]) -> None:
     done: list[float] = []
     answer(world(p_correct=0.4), ["Capital?", None, "Capital of France?"], progress=done.append, **settings)
@@ -138,6 +259,11 @@ def test_where_the_verifier_says_neither_there_is_no_probability() -> None:
         {"max_attempts": 1.5},
         {"max_attempts": 10**400, "sampling": WARM},
         {"conclusion_tokens": 10**400},
+        {"samples": 0},
+        {"samples": 2},
+        {"samples": 1.5, "sampling": WARM},
+        {"samples": 10**400, "sampling": WARM},
+        {"samples": 2, "max_attempts": 2, "sampling": WARM},
         {"sampling": None},
         {"sampling": {"temperature": 1}},
     ],

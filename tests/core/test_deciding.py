@@ -291,6 +291,9 @@ def test_a_policy_is_for_judgments_of_its_calibration() -> None:
         decide([*calibrated, judgment(0.9)], fitted)
     with pytest.raises(InvalidRequest, match=r"none, but .* 'ab12'"):
         decide(calibrated, policy(0.8))
+    fitted.check("ab12")
+    with pytest.raises(InvalidRequest, match=r"'ab12', but .* none"):
+        fitted.check(None)
     with pytest.raises(InvalidRequest, match="one calibration"):
         fit_policy([*calibrated, judgment(0.9)], ["Yes"] * 41)
 

@@ -39,6 +39,8 @@ QUESTIONS = ["How many pierogi?", "  ", "How many cans?", "How many alpacas?"]
         {"reason": False, "verify": False, "conclusion_tokens": 3},
         {"sampling": Sampling(temperature=1.0, seed=3), "max_attempts": 4, "min_p_correct": 0.8},
         {"sampling": Sampling(temperature=1.5, max_new_tokens=9), "max_attempts": 3, "min_p_correct": 1.0},
+        {"sampling": Sampling(temperature=1.0, seed=3), "samples": 5},
+        {"sampling": Sampling(temperature=1.0), "samples": 4, "verify": False, "reason": False},
     ],
 )
 def test_the_flow_equals_the_core(settings: dict[str, Any]) -> None:
@@ -62,6 +64,17 @@ def test_a_run_has_a_name_a_page_and_a_table(left: Left) -> None:
     assert [row["attempts"] for row in table] == [row.get("attempts") for row in rows]
     assert [row["error"] for row in table] == [None, inline(rows[1]["message"]), None, None]
     assert all(set(row) == set(table[0]) for row in table)
+
+
+def test_votes_are_shown_on_the_page_and_in_the_table(left: Left) -> None:
+    with use_model(FAKE):
+        rows = answer_question(QUESTIONS, sampling=Sampling(temperature=1.0), samples=5)
+    _, page, table = left("answer-question")
+    for row in rows:
+        for vote in row.get("votes", []):
+            assert f"| {vote['answer']} | {vote['count']} | {vote['share']:.2f} | {vote['p_correct']:.2f} |" in page
+    assert page.count("Agreement") == 3
+    assert [row["share"] for row in table] == [row.get("share") for row in rows]
 
 
 def test_the_defaults_run_as_they_are(left: Left) -> None:

@@ -18,7 +18,7 @@ import alpaca_core
 from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
-from prefect_alpaca.flows import cli, terminal
+from prefect_alpaca.flows import cli, commands, running, terminal
 from prefect_alpaca.flows.options import label_of
 
 FAKE = FakeModel(
@@ -45,7 +45,7 @@ def specs(monkeypatch: pytest.MonkeyPatch) -> list[ModelSpec]:
         print("a library that prints")
         yield FAKE
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(running, "load_model", load)
     return asked
 
 
@@ -68,6 +68,20 @@ def test_answer_prints_the_named_keys(capsys: pytest.CaptureFixture[str]) -> Non
     assert {"question", "reasoning", "answer", "p_correct", "attempts"} <= set(row)
     assert (row["reasoning"], row["answer"], row["attempts"]) == ("5 and 5.", "The answer is 10.", 1)
     assert row["p_correct"] == pytest.approx(0.8)
+
+
+def test_answer_shows_what_samples_vote_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["answer", "Two colours?", "--no-reason", "--samples", "9", "--temperature", "1"]
+    assert cli.main([*arguments, "--json"]) == 0
+    row = objects(capsys.readouterr().out)[0]
+    expected = alpaca_core.answer(FAKE, ["Two colours?"], Sampling(temperature=1.0), reason=False, samples=9)[0]
+    assert row == expected.model_dump(mode="json")
+    assert len(row["votes"]) == 2
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Agreement" in shown
+    for vote in row["votes"]:
+        assert f"{vote['answer']}  {vote['count']} of 9, mean P(correct) {vote['p_correct']:.2f}" in shown
 
 
 def test_answer_can_leave_steps_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +145,7 @@ def test_standard_input_that_is_closed_is_bad_input(
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "utf-16"])
 def test_every_line_is_json_whatever_the_locale(encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "import_adapter", lambda source, **_: tmp_path)
+    monkeypatch.setattr(commands, "import_adapter", lambda source, **_: tmp_path)
     texts = ["é Paris", "\U0001f999\u2028", "\udcff"]
     printed = io.BytesIO()
     with io.TextIOWrapper(printed, encoding, write_through=True) as stdout:
@@ -216,6 +230,7 @@ def test_a_failed_row_gives_exit_code_1_and_the_others_are_printed(
         ["judge", "a", "--min-coverage", "2"],
         ["judge", "a", "--device", "tpu"],
         ["answer", "a", "--max-attempts", "2"],
+        ["answer", "a", "--samples", "2"],
         ["tokens", "a", "--next", "-1"],
         ["tokens", "a", "--mistyped"],
         ["sing", "a"],
@@ -243,7 +258,7 @@ def test_a_model_that_cannot_be_loaded_gives_exit_code_2(
     def load(spec: ModelSpec) -> LanguageModel:
         raise ModelNotFound(f"there is no {spec.base_model!r}.\nLook again.")
 
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(running, "load_model", load)
     assert cli.main(["judge", "a", "--model", "no/such"]) == 2
     assert capsys.readouterr().err == "alpaca: there is no 'no/such'. Look again.\n"
 
@@ -275,7 +290,13 @@ def test_people_get_something_to_read_without_escape_codes(command: str, capsys:
     assert "a library that prints" not in printed.out
 
 
-@pytest.mark.parametrize("command", ["", "generate", "answer", "judge", "tokens", "import-adapter", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "generate", "answer", "judge", "classify", "same-meaning", "is-outlier", "rate", "calibrate"),
+        *("fit-policy", "tokens", "import-adapter", "doctor"),
+    ],
+)
 def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"] if command else ["--help"])
@@ -291,7 +312,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 8
+    assert len(parsers) == 13
 
 
 def test_import_adapter_says_where_the_result_lies(
@@ -303,7 +324,7 @@ def test_import_adapter_says_where_the_result_lies(
         asked[source] = settings
         return tmp_path
 
-    monkeypatch.setattr(cli, "import_adapter", convert)
+    monkeypatch.setattr(commands, "import_adapter", convert)
     assert cli.main(["import-adapter", "some/adapter", "--template", "alpaca", "--out", "there", "--json"]) == 0
     assert asked == {"some/adapter": {"template": "alpaca", "revision": None, "out": Path("there")}}
     assert objects(capsys.readouterr().out) == [{"source": "some/adapter", "folder": str(tmp_path)}]

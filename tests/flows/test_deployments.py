@@ -19,7 +19,15 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 ROOT = Path(__file__).parents[2]
-FLOWS = ["answer-question", "generate-and-judge", "judge-texts"]
+FLOWS = [
+    "answer-question",
+    "classify-texts",
+    "compare-texts",
+    "find-outliers",
+    "generate-and-judge",
+    "judge-texts",
+    "rate-texts",
+]
 PATIENCE = 240.0
 """Seconds; a run takes about ten on an idle machine."""
 

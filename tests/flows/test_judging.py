@@ -8,7 +8,7 @@ from alpaca_core.errors import InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import judge_texts
 from prefect_alpaca.tasks import use_model, values
-from prefect_alpaca.tasks.calibrations import save_calibration
+from prefect_alpaca.tasks.named import save_named
 
 from .conftest import Left
 
@@ -63,7 +63,7 @@ def test_the_defaults_run_as_they_are() -> None:
 def test_a_calibration_is_chosen_by_its_name(left: Left) -> None:
     settings = {"instruction": "Which topic?", "show_labels": False}
     fitted = alpaca_core.fit_calibration(FAKE, ["A late goal"] * 10, CHOICES, **settings)
-    save_calibration("topics", fitted)
+    save_named("topics", fitted)
     with use_model(FAKE):
         rows = judge_texts(TEXTS, LABELS, "Which topic?", calibration="topics")
         assert values(Judgment, rows) == alpaca_core.judge(FAKE, TEXTS, CHOICES, calibration=fitted, **settings)
@@ -76,7 +76,7 @@ def test_a_calibration_is_chosen_by_its_name(left: Left) -> None:
 
 def test_the_page_says_that_probabilities_are_calibrated(left: Left) -> None:
     fitted = alpaca_core.fit_calibration(FAKE, ["A late goal"] * 10, CHOICES, instruction="Topic?", show_labels=False)
-    save_calibration("shown", fitted)
+    save_named("shown", fitted)
     with use_model(FAKE):
         judge_texts(TEXTS, LABELS, "Topic?", calibration="shown")
     _, page, _ = left("judge-texts")

@@ -13,13 +13,28 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 import alpaca_core
-from alpaca_core import Completion, Conclusion, Judgment, ModelSpec, RowError, Sampling, Verification
+from alpaca_core import (
+    CascadeJudgment,
+    Completion,
+    Conclusion,
+    Judgment,
+    Label,
+    ModelSpec,
+    Outlier,
+    Rating,
+    RowError,
+    Sampling,
+    Verification,
+)
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
 from prefect_alpaca import tasks
 
-VERBS = ["generate", "chain_of_thought", "conclude", "verify", "judge"]
+VERBS = [
+    *("generate", "chain_of_thought", "conclude", "verify", "judge", "cascade"),
+    *("classify", "same_meaning", "is_outlier", "rate"),
+]
 FAKE = FakeModel({"Yes": {"Yes": 0.9, "No": 0.1}, "?": {"Yes": 0.75, "No": 0.25, "Who knows": 0.5}}, "Because.")
 GOOD_AND_BAD = ["Is it so?", "   ", "Say Yes.", "\ud800"]
 CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
@@ -29,8 +44,16 @@ CALLS: list[tuple[str, type[Value], tuple[Any, ...], dict[str, Any]]] = [
     ("conclude", Conclusion, (GOOD_AND_BAD, ["Since.", None, None, ""]), {}),
     ("verify", Verification, (GOOD_AND_BAD, ["a", "b", "c", "d"]), {"reasonings": None}),
     ("verify", Verification, (["Is it so?"], ["so"]), {"method": "sampled", "samples": 4, "seed": 7}),
+    ("verify", Verification, (GOOD_AND_BAD, ["a"] * 4), {"method": "consistent", "samples": 3, "seed": 7}),
     ("judge", Judgment, (GOOD_AND_BAD,), {}),
     ("judge", Judgment, (GOOD_AND_BAD, ["Yes", "No", "Who knows"]), {"instruction": "Which?", "min_coverage": 0.5}),
+    ("cascade", CascadeJudgment, (GOOD_AND_BAD,), {"margin": 0.6, "sampling": Sampling(max_new_tokens=8)}),
+    ("cascade", CascadeJudgment, (GOOD_AND_BAD, ["Yes", "Who knows"]), {"margin": 1, "instruction": "Which?"}),
+    ("classify", Judgment, (GOOD_AND_BAD, ["Yes", "No"]), {"min_coverage": 0.95}),
+    ("same_meaning", Judgment, (GOOD_AND_BAD, ["a", "b", "c", "d"]), {"template": "raw"}),
+    ("is_outlier", Outlier, (GOOD_AND_BAD, ["It is.", "So it is."]), {}),
+    ("is_outlier", Outlier, (["Nothing to say"], ["It is.", "So it is."]), {}),
+    ("rate", Rating, (GOOD_AND_BAD, "Is it short"), {"worst": 0, "best": 10}),
 ]
 
 
@@ -84,9 +107,24 @@ def test_rows_that_failed_are_counted_in_a_warning(caplog: pytest.LogCaptureFixt
     assert warnings == [f"2 of 4 rows failed; the first, row 2: {failed[0].message}"]
 
 
+def test_what_a_task_takes_may_have_become_json() -> None:
+    labels = [Label(name="Yes", aliases=("y",)), Label(name="No")]
+    fitted = alpaca_core.fit_calibration(FAKE, ["Is it?"] * 10, labels, instruction="Which?")
+    expected = alpaca_core.classify(FAKE, ["Is it?"], labels, instruction="Which? {text}")
+    model = json.loads(ModelSpec().model_dump_json())
+    with tasks.use_model(FAKE):
+        plain = [json.loads(label.model_dump_json()) for label in labels]
+        rows = tasks.classify.fn(model, ["Is it?"], plain, instruction="Which? {text}")
+        judged = tasks.judge.fn(
+            model, ["Is it?"], labels, instruction="Which?", calibration=json.loads(fitted.model_dump_json())
+        )
+    assert tasks.values(Judgment, rows) == expected
+    assert judged[0]["calibration"] == fitted.digest
+
+
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("rows", [None, 5, "one text", b"bytes", {"a"}, iter(["a"])])
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "verify"])
+@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge"])
 def test_a_batch_that_is_no_list_fails_before_the_model_is_loaded(
     verb: str, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,10 +137,27 @@ def test_a_batch_that_is_no_list_fails_before_the_model_is_loaded(
         call()
 
 
-@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge"])
+@pytest.mark.parametrize("verb", ["generate", "chain_of_thought", "conclude", "judge", "cascade"])
 def test_a_batch_without_rows_gives_none(verb: str) -> None:
     with tasks.use_model(FAKE):
         assert getattr(tasks, verb).fn(ModelSpec(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("classify", ("one text", ["a", "b"])),
+        ("same_meaning", ("one text", ["b"])),
+        ("is_outlier", ({"a"}, ["b", "c"])),
+        ("rate", (None, "Is it?")),
+    ],
+)
+def test_a_use_of_no_list_fails_before_the_model_is_loaded(
+    verb: str, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alpaca_core, "load_model", pytest.fail)
+    with pytest.raises(InvalidRequest, match="rows is a list of rows, but got"):
+        getattr(tasks, verb).fn(ModelSpec(), *arguments)
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -114,6 +169,11 @@ def test_runs_are_named_by_what_they_do() -> None:
         (tasks.conclude, (["a"],), "conclude 1 question"),
         (tasks.verify, (["a"], ["b"]), "verify 1 answer"),
         (tasks.judge, (["a"] * 12,), "judge 12 texts"),
+        (tasks.cascade, (["a"] * 3,), "cascade 3 texts"),
+        (tasks.classify, (["a"], ["b", "c"]), "classify 1 text"),
+        (tasks.same_meaning, (["a"] * 2, ["b"] * 2), "compare 2 pairs"),
+        (tasks.is_outlier, (["a"] * 3, ["b", "c"]), "look for outliers in 3 rows"),
+        (tasks.rate, (["a"] * 2, "Is it?"), "rate 2 texts"),
     ]
 
     @flow

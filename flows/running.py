@@ -1,0 +1,63 @@
+"""What the commands of `alpaca` do around a verb: load the model, show progress, print rows."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+
+from rich.console import Console, RenderableType
+from rich.progress import Progress as Bar
+from rich.progress import SpinnerColumn, TimeElapsedColumn
+
+from alpaca_core import LanguageModel, RowError, load_model
+from alpaca_core.rows import Progress
+from alpaca_core.spec import Value
+from prefect_alpaca.flows import terminal
+from prefect_alpaca.flows.options import spec_of
+
+
+@contextmanager
+def quiet(doing: str) -> Iterator[None]:
+    """Say on standard error, in a terminal, what takes so long, and keep libraries off standard output."""
+    with redirect_stdout(sys.stderr), Console(stderr=True).status(terminal.text(doing)):
+        yield
+
+
+@contextmanager
+def opened(options: argparse.Namespace) -> Iterator[LanguageModel]:
+    """Load the model, and keep libraries off standard output as long as it is there."""
+    spec = spec_of(options)
+    with redirect_stdout(sys.stderr), ExitStack() as stack:
+        with quiet(f"Loading {spec.base_model} …"):
+            model = stack.enter_context(load_model(spec))
+        yield model
+
+
+@contextmanager
+def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
+    """Draw a progress bar on standard error where that is a terminal, and wipe it at the end."""
+    console, columns = Console(stderr=True), (SpinnerColumn(), *Bar.get_default_columns(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=rows)
+        yield lambda finished: bar.advance(task, finished)
+
+
+def print_rows(
+    options: argparse.Namespace, rows: Sequence[Value | RowError], views: Callable[[], Sequence[RenderableType]]
+) -> int:
+    """Print the rows as JSON Lines, or as they look in a terminal, and return the exit code."""
+    if options.json:
+        for row in rows:
+            print_json(row.model_dump(mode="json"))
+    else:
+        terminal.console.print(*views(), sep="\n")
+    return 1 if any(isinstance(row, RowError) for row in rows) else 0
+
+
+def print_json(value: object) -> None:
+    """Print JSON that is one line in every locale: letters as themselves where standard output is UTF-8."""
+    line, encoding = json.dumps(value, ensure_ascii=False), getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_utf8 = line.encode(encoding, "replace") == line.encode("utf-8", "surrogatepass")
+    is_line = len(line.splitlines()) == 1  # U+2028 and its like end a line for some readers
+    print(line if is_utf8 and is_line else json.dumps(value), flush=True)
