@@ -16,11 +16,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from alpaca_core.errors import InvalidLabels
 from alpaca_core.model import Trie
 from alpaca_core.spec import YES_NO, Label
 from alpaca_core.tokenizer import Tokenizer, meaning
+
+MOST_LABELS = 512
+"""Most labels of one judgment: up to hundreds. The trie, and with it the time of a row, grows with them."""
 
 MAX_NODES = 8_192
 """Most nodes of a trie of all segmentations; the attention mask over them is quadratic."""
@@ -62,37 +66,40 @@ class Spellings:
         paths: list[float] = []
         for score, parent in zip(scores, self.trie.parents, strict=True):
             paths.append(score + (paths[parent] if parent >= 0 else 0.0))
-        beyond = dict.fromkeys(self.ends, 0.0)
-        for node in self.ends:
-            above = self._spelt_above(node)
-            if above is not None and paths[above] > -math.inf:
+        beyond = dict.fromkeys(self._nested.values(), 0.0)
+        for node, above in self._nested.items():
+            if paths[above] > -math.inf:
                 beyond[above] += math.exp(paths[node] - paths[above])
         masses: list[list[float]] = [[] for _ in range(labels)]
         for node, label in self.ends.items():
-            if beyond[node] < 1.0:
-                masses[label].append(paths[node] + math.log1p(-beyond[node]))
+            gone = beyond.get(node, 0.0)
+            if gone < 1.0:
+                masses[label].append(paths[node] + math.log1p(-gone) if gone else paths[node])
         return [log_sum(each) for each in masses]
 
     def label_of(self, token_ids: Sequence[int]) -> int | None:
         """Return the label whose spelling a response begins with, the longest where several do."""
-        children = {(parent, token): node for node, (token, parent) in enumerate(self._edges())}
         node, found = -1, None
         for token in token_ids:
-            next_node = children.get((node, token))
+            next_node = self._children.get((node, token))
             if next_node is None:
                 break
             node = next_node
             found = self.ends.get(node, found)
         return found
 
-    def _edges(self) -> Iterator[tuple[int, int]]:
-        return zip(self.trie.tokens, self.trie.parents, strict=True)
+    @cached_property
+    def _children(self) -> dict[tuple[int, int], int]:
+        edges = zip(self.trie.parents, self.trie.tokens, strict=True)
+        return {edge: node for node, edge in enumerate(edges)}
 
-    def _spelt_above(self, node: int) -> int | None:
-        node = self.trie.parents[node]
-        while node >= 0 and node not in self.ends:
-            node = self.trie.parents[node]
-        return node if node >= 0 else None
+    @cached_property
+    def _nested(self) -> dict[int, int]:
+        """The ends with another above them, and the nearest such."""
+        nearest: list[int] = []
+        for parent in self.trie.parents:
+            nearest.append(parent if parent < 0 or parent in self.ends else nearest[parent])
+        return {node: nearest[node] for node in self.ends if nearest[node] >= 0}
 
     def _path(self, node: int) -> tuple[int, ...]:
         tokens: list[int] = []
@@ -112,10 +119,16 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
     """Check a set of labels; plain strings become `Label`; a bare yes or no gets its default aliases.
 
     Raises:
-        InvalidLabels: For no list, fewer than two, one that is no text, or two that mean the same.
+        InvalidLabels: For no list, fewer than two, more than `MOST_LABELS`, one that is no text, or two that mean
+            the same.
     """
     if isinstance(labels, str | bytes) or not isinstance(labels, Sequence) or len(labels) < 2:
         raise InvalidLabels(f"a judgment needs at least two labels, but got {labels!r:.80}. Name them in a list.")
+    if len(labels) > MOST_LABELS:
+        raise InvalidLabels(
+            f"a judgment has at most {MOST_LABELS} labels, but got {len(labels):,}. "
+            "Judge groups of labels first, then the labels of the likeliest group."
+        )
     for label in labels:
         if not isinstance(label, str | Label) or (isinstance(label, str) and not label.strip()):
             raise InvalidLabels(
@@ -136,6 +149,8 @@ def as_labels(labels: Sequence[str | Label]) -> tuple[Label, ...]:
     seen: dict[tuple[bool, str], Label] = {}
     for label in checked:
         twin = seen.setdefault((label.exact, label.name.strip() if label.exact else meaning(label.name)), label)
+        if twin is not label and twin.name == label.name:
+            raise InvalidLabels(f"each label is named once, but {label.name!r} is there twice. Drop one.")
         if twin is not label:
             raise InvalidLabels(
                 f"labels must differ in more than case, outer spaces and Unicode form, but {twin.name!r} and "

@@ -5,6 +5,7 @@ Everything else in `alpaca_core` is written on `LanguageModel.generate` and `Lan
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, get_args
 
 from pydantic import Field
@@ -108,7 +109,7 @@ class ModelInfo(Value):
         return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Trie:
     """Token sequences with shared beginnings, told once.
 
@@ -131,12 +132,16 @@ class Trie:
             ends.append(node)
         return cls(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes)), ends
 
-    def depths(self) -> list[int]:
+    def depths(self) -> tuple[int, ...]:
         """Depth of each node; a node right after the prompt has depth 1."""
+        return self._depths
+
+    @cached_property
+    def _depths(self) -> tuple[int, ...]:
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
-        return depths
+        return tuple(depths)
 
 
 @dataclass(frozen=True, slots=True)

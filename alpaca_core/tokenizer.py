@@ -10,6 +10,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -164,13 +165,31 @@ class Tokenizer:
         return self._continue(self.tail(prompt_ids), text)
 
     def tail(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """Return the end of a prompt, as far as it can change how a text after it is split."""
+        """Return the end of a prompt, as far as it can change how a text after it is split.
+
+        Between two bytes that stand side by side in no token, no token can ever form: what is before them does
+        not matter. So prompts that end alike have one tail, and what is worked out for it is worked out once.
+        """
         tail: list[int] = []
         for token in reversed(prompt_ids[-_TAIL:]):
             if token in self._control:
                 break
             tail.insert(0, token)
+        for first in range(len(tail) - 1, 0, -1):
+            if self._apart(tail[first - 1], tail[first]) and _REPLACEMENT not in self.decode(tail[first:]):
+                return tuple(tail[first:])
         return tuple(tail)
+
+    def _apart(self, token: int, following: int) -> bool:
+        before, after = self.token_bytes[token], self.token_bytes[following]
+        if not before or not after or (self._word_piece and self.piece(following).startswith("##")):
+            return False  # WordPiece cuts a word from its beginning on
+        return (before[-1], after[0]) not in self._side_by_side
+
+    @cached_property
+    def _side_by_side(self) -> frozenset[tuple[int, int]]:
+        """The pairs of bytes that follow one another in a token."""
+        return frozenset(pair for content in self.token_bytes if content for pair in pairwise(content))
 
     def _continuation(self, tail: tuple[int, ...], text: str) -> tuple[int, ...]:
         # A tail that begins in mid-word, or with half a character, does not encode to itself: begin later.

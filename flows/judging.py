@@ -234,10 +234,7 @@ def _leave(
         # before anybody is asked, who may want to read it
         leave_review(key, [(row, _routed_table_row(text, row, names)) for text, row in zip(texts, routed, strict=True)])
         if ask_timeout is not None:
-            try:
-                routed = ask_person(routed, ask_timeout)
-            except FlowPauseTimeout as error:  # the page is worth having all the same
-                late = error
+            routed, late = ask_person(routed, ask_timeout)
         head += f"{_counts(routed)}\n\n"
         rows = routed
     shown, table_row = list(zip(texts, rows, strict=True)), _routed_table_row if policy else _table_row
@@ -253,8 +250,8 @@ def _leave(
     )
     if late:
         raise AlpacaError(
-            f"nobody gave the labels of the texts to be reviewed within {ask_timeout} s. The page holds the model's; "
-            "run again with a longer ask_timeout, or ask nobody."
+            f"nobody gave the labels of the texts to be reviewed within {ask_timeout} s. The page holds what there "
+            "is; run again with a longer ask_timeout, or ask nobody."
         ) from late
     return [row.model_dump(mode="json") for row in rows]
 

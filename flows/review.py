@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from prefect.artifacts import create_table_artifact
+from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field, create_model
@@ -63,7 +64,9 @@ def in_review(row: Routed | RowError) -> bool:
     return isinstance(row, Routed) and row.action == "review"
 
 
-def ask_person(rows: Sequence[Routed | RowError], timeout: int) -> list[Routed | RowError]:
+def ask_person(
+    rows: Sequence[Routed | RowError], timeout: int
+) -> tuple[list[Routed | RowError], FlowPauseTimeout | None]:
     """Pause the flow run until a person has given the labels of the review band, and take them over.
 
     The run's process waits, with its model. The person resumes the run in the UI, whose form offers the labels
@@ -73,20 +76,24 @@ def ask_person(rows: Sequence[Routed | RowError], timeout: int) -> list[Routed |
         rows: All of them; those that are not to be reviewed come back as they are.
         timeout: Seconds to wait for each `MOST_ASKED` rows.
 
-    Raises:
-        prefect.exceptions.FlowPauseTimeout: If nobody resumes the run in time.
+    Returns:
+        The rows with the labels that were given; and the error, if nobody gave the others in time, since what
+        there is by then is worth showing.
     """
     decided = list(rows)
     band = [place for place, row in enumerate(rows) if in_review(row)]
     for start in range(0, len(band), MOST_ASKED):
         asked = {place: row for place in band[start:][:MOST_ASKED] if isinstance(row := rows[place], Routed)}
         form = _form(asked, start, len(band))
-        given = pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=INTERVAL)
+        try:
+            given = pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=INTERVAL)
+        except FlowPauseTimeout as error:
+            return decided, error
         for place, row in asked.items():
             decided[place] = row.model_copy(
                 update={"label": getattr(given, _field(place)), "decided_by": "person"},
             )
-    return decided
+    return decided, None
 
 
 def _form(asked: dict[int, Routed], start: int, total: int) -> type[RunInput]:

@@ -10,17 +10,26 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class Forward(Protocol):
-    """A network as the loops see it: with the batch's adapter chosen.
+class Network(Protocol):
+    """A network as the loops see it: with the batch's adapter chosen, and in two parts, as `heads.py` cuts it."""
 
-    Args, in order: token ids ``(batch, new)``; their positions; which tokens may be seen, ``(batch, time)``
-    of all tokens so far, or ``(batch, 1, new, time)`` for each new one; the cache; how many of the last
-    new tokens logits are wanted of, 0 for all.
+    def states(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None) -> Tensor:
+        """Read tokens.
 
-    Returns float32 logits of shape ``(batch, kept, vocab)``.
-    """
+        Args:
+            ids: The new tokens, ``(batch, new)``.
+            positions: Theirs.
+            seen: Which tokens may be seen, ``(batch, time)`` of all so far, or ``(batch, 1, new, time)`` for each.
+            cache: Of the tokens so far; None where this is the only pass.
 
-    def __call__(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None, keep: int) -> Tensor: ...
+        Returns:
+            The body's last states, ``(batch, new, width)``, in its dtype.
+        """
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the float32 logits that the head reads from states, ``(batch, new, vocab)``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,11 @@ class GrowingLayer(DynamicLayer):
             store[..., used:end, :] = states
         return self._show(end)
 
+    def shorten(self, tokens: int) -> None:
+        """Keep the first tokens only; `crop` wants their number in some versions of transformers, and not in others."""
+        if self.is_initialized:
+            self._show(tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these lanes, in this order; one may come more than once."""
         used = self.get_seq_length()
@@ -123,6 +137,12 @@ class GrowingLayer(DynamicLayer):
     def _show(self, used: int) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values = self._stores[0][..., :used, :], self._stores[1][..., :used, :]
         return keys, values
+
+
+def shorten(cache: Cache, tokens: int) -> None:
+    """Keep the first tokens of a `growing_cache` only."""
+    for layer in cache.layers:
+        cast(GrowingLayer, layer).shorten(tokens)
 
 
 def growing_cache(room: int) -> Cache:

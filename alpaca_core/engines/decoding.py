@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpaca_core.engines.batching import Forward, growing_cache, pad_left
+from alpaca_core.engines.batching import Network, growing_cache, pad_left
 from alpaca_core.engines.beams import Beams
 from alpaca_core.engines.noise import gumbel, row_key
 from alpaca_core.engines.sampling import Sampler
@@ -48,16 +48,16 @@ class Decoding:
     Rows that end give their lanes up, so a batch gets cheaper as it goes.
 
     Args:
-        forward: The network.
+        network: What is run.
         rows: Rows that fit the model's context, with prompts that are not empty.
         eos_ids: Tokens that end a response.
         device: Where the token ids are wanted.
     """
 
     def __init__(
-        self, forward: Forward, rows: Sequence[GenerateRow], eos_ids: Collection[int], device: torch.device
+        self, network: Network, rows: Sequence[GenerateRow], eos_ids: Collection[int], device: torch.device
     ) -> None:
-        self._forward = forward
+        self._network = network
         self._eos_ids = eos_ids
         self._device = device
         self._ids, self._seen, self._positions = pad_left([row.prompt_ids for row in rows], device)
@@ -80,7 +80,8 @@ class Decoding:
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Reply | RowRejected]]:
         """Generate one token a lane; return the rows that ended, by their place in the batch."""
-        logits = self._forward(self._ids, self._positions, self._seen, self._cache, 1)[:, -1]  # L, V
+        states = self._network.states(self._ids, self._positions, self._seen, self._cache)
+        logits = self._network.logits(states[:, -1:])[:, -1]  # L, V
         finite = logits.isfinite().all(-1).tolist()
         chosen, noise = self._choose(logits), self._noise(logits.shape[-1])
         ended: list[tuple[int, Reply | RowRejected]] = []

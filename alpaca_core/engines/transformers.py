@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from alpaca_core.engines.batching import Forward, Job, batches
+from alpaca_core.engines.batching import Job, batches
 from alpaca_core.engines.decoding import Decoding, Reply
+from alpaca_core.engines.heads import split
 from alpaca_core.engines.scoring import score
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
@@ -43,10 +44,13 @@ class TransformersModel:
         self.tokenizer = tokenizer
         self._batch_size = batch_size
         self._network: Any = network.eval()
+        plain: Any = network.get_base_model() if isinstance(network, PeftModel) else network
+        parts: tuple[Any, Any] = split(plain)
+        self._body, self._head = parts
         self._adapted = isinstance(network, PeftModel)
         names = network.peft_config if isinstance(network, PeftModel) else ()
         self._peft_names = dict(zip((adapter.name for adapter in info.adapters), names, strict=False))
-        self._chosen: str | None = ""  # no adapter has this name
+        self._active: str | None = ""  # no adapter has this name
         self._lock = Lock()
         embedding: Any = network.get_input_embeddings()
         # accelerate leaves offloaded weights on "meta", and its hook knows where they are computed
@@ -65,7 +69,7 @@ class TransformersModel:
         yield from _refused(rows, job, jobs)
         for batch in batches(jobs, self._batch_size):
             members = [rows[index] for index in batch]
-            decoding = Decoding(self._forward(members[0]), members, self.info.eos_ids, self._device)
+            decoding = Decoding(self._chosen(members[0]), members, self.info.eos_ids, self._device)
             while decoding.live:
                 for place, outcome in decoding.step():
                     yield batch[place], self._completion(members[place], outcome)
@@ -83,13 +87,13 @@ class TransformersModel:
         yield from _refused(rows, job, jobs)
         for batch in batches(jobs, self._batch_size):
             members = [rows[index] for index in batch]
-            for index, outcome in zip(batch, score(self._forward(members[0]), members, self._device), strict=True):
+            for index, outcome in zip(batch, score(self._chosen(members[0]), members, self._device), strict=True):
                 yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
 
     def close(self) -> None:
         """Free the memory of the weights. Iterators that are still open raise at their next step."""
         with self._lock:
-            self._network = None
+            self._network = self._body = self._head = None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -100,11 +104,12 @@ class TransformersModel:
             raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
         check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
         vocab = self.info.vocab_size
-        strange = [token for tokens in (row.prompt_ids, continuation) for token in tokens if not 0 <= token < vocab]
-        if strange:
-            raise RowRejected(
-                "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange[0]}. Check the id."
-            )
+        for tokens in (row.prompt_ids, continuation):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+                strange = next(token for token in tokens if not 0 <= token < vocab)
+                raise RowRejected(
+                    "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange}. Check the id."
+                )
         if row.adapter is None and self.info.adapters and not self._adapted:
             raise RowRejected(
                 "unknown_adapter",
@@ -116,39 +121,42 @@ class TransformersModel:
         found = self.info.adapter(row.adapter)
         return self._peft_names.get(found.name) if found else None
 
-    def _forward(self, row: GenerateRow | ScoreRow) -> Forward:
-        return partial(self._logits, self._adapter(row))
+    def _chosen(self, row: GenerateRow | ScoreRow) -> "_Chosen":
+        return _Chosen(self, self._adapter(row))
 
-    def _logits(
-        self, adapter: str | None, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None, keep: int
-    ) -> Tensor:
+    def _states(self, adapter: str | None, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None) -> Tensor:
         if seen.dim() == 4:
             # Eager attention adds the mask, so it cannot be of bools; infinity would make NaN of empty rows.
             seen = torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min)
         with self._lock:
-            if self._network is None:
-                raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
             self._choose(adapter)
-            output = self._network(
+            output = self._body(
                 input_ids=ids,
                 attention_mask=seen,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=keep,
             )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _logits(self, adapter: str | None, states: Tensor) -> Tensor:
+        with self._lock:
+            self._choose(adapter)
+            output = self._head(inputs_embeds=states, use_cache=False)
         return output.logits.to(self._device, torch.float32)  # type: ignore[no-any-return]
 
     def _choose(self, adapter: str | None) -> None:
         """Make the network use this adapter; a walk over all its modules, so only where it changes."""
-        if not self._adapted or adapter == self._chosen:
+        if self._network is None:
+            raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
+        if not self._adapted or adapter == self._active:
             return
         if adapter is None:
             self._network.base_model.disable_adapter_layers()
         else:
             self._network.base_model.enable_adapter_layers()
             self._network.set_adapter(adapter, inference_mode=True)
-        self._chosen = adapter
+        self._active = adapter
 
     def _completion(self, row: GenerateRow, outcome: Reply | RowRejected) -> Completion | RowError:
         if isinstance(outcome, RowRejected):
@@ -161,6 +169,20 @@ class TransformersModel:
             prompt_tokens=len(row.prompt_ids),
             completion_tokens=len(tokens),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The network with one of its adapters."""
+
+    model: TransformersModel
+    adapter: str | None
+
+    def states(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None) -> Tensor:
+        return self.model._states(self.adapter, ids, positions, seen, cache)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.model._logits(self.adapter, states)
 
 
 def _refused(rows: Sequence[_Row], job: Callable[[int, _Row], Job], jobs: list[Job]) -> Iterator[tuple[int, RowError]]:

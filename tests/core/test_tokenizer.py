@@ -75,6 +75,40 @@ def test_a_continuation_is_what_encoding_in_one_string_adds(family: Tokenizer) -
                 assert [*prompt, *family.continuation(prompt, form)] == whole
 
 
+@SHARED
+@given(
+    text=st.lists(st.sampled_from([*SENTENCES[:5], "(", ":", "12", " ", "  ", "\n", "'", "é", "x"]), max_size=4).map(
+        "".join
+    ),
+    form=st.sampled_from(["yes", " yes", "s", " 34", "34", "'t", "\n", ":", "Not sure", " é", "\u0301"]),
+)
+def test_a_text_goes_on_from_the_tail_of_a_prompt_as_from_all_of_it(family: Tokenizer, text: str, form: str) -> None:
+    prompt = family.encode(f"The answer {text}")
+    assert family.continuation(prompt, form) == family._continuation(tuple(prompt), form)
+
+
+def test_prompts_that_end_alike_have_one_tail(embedded: LanguageModel) -> None:
+    tokenizer = embedded.tokenizer
+    tails = {tokenizer.tail(tokenizer.encode(f"Text: {sentence}\nCategory:")) for sentence in SENTENCES}
+    assert tails == {tuple(tokenizer.encode(":"))}
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text(max_size=30) | hostile, form=st.text(min_size=1, max_size=6) | st.sampled_from([" yes", "'s", "12"])
+)
+def test_a_published_vocabulary_goes_on_from_the_tail_as_from_the_prompt(
+    embedded: LanguageModel, text: str, form: str
+) -> None:
+    tokenizer = embedded.tokenizer
+    try:
+        prompt = tokenizer.encode(text)
+        found = tokenizer.continuation(prompt, form)
+    except RowRejected:
+        return
+    assert found == tokenizer._continuation(tuple(prompt), form)
+
+
 def test_a_continuation_whose_border_melts_keeps_the_prompts_tokens(embedded: LanguageModel) -> None:
     tokenizer = embedded.tokenizer
     prompt = tokenizer.encode("Answer: ")

@@ -61,12 +61,18 @@ def test_scores_equal_a_token_by_token_loop(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(shapes=ROWS, batch_size=st.integers(1, 6), most_logits=st.sampled_from([1, VOCAB * 7, 2**26]))
+@given(
+    shapes=ROWS,
+    batch_size=st.integers(1, 6),
+    width=st.sampled_from([1, 2, 3, 5, 256]),
+    most_logits=st.sampled_from([1, VOCAB * 7, 2**26]),
+)
 def test_random_tries_score_as_their_nodes_do_one_by_one(
     make_network: Callable[..., Any],
     make_model: Callable[..., Any],
     shapes: list[tuple[list[int], list[list[int]]]],
     batch_size: int,
+    width: int,
     most_logits: int,
 ) -> None:
     network = make_network(VOCAB)
@@ -74,7 +80,7 @@ def test_random_tries_score_as_their_nodes_do_one_by_one(
     expected = [token_by_token(network, row) for row in rows]
     model = make_model(network, batch_size=batch_size)
     close(dict(model.loglikelihood(rows)), expected)
-    in_parts = score(model._forward(rows[0]), rows, torch.device("cpu"), most_logits)
+    in_parts = score(model._chosen(rows[0]), rows, torch.device("cpu"), width, most_logits)
     close(dict(enumerate(in_parts)), expected)
 
 
@@ -109,7 +115,7 @@ def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
     network = make_network(VOCAB)
     lengths: list[int] = []
     heads: list[int] = []
-    network.register_forward_pre_hook(
+    network.model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     network.lm_head.register_forward_hook(lambda _, args, output: heads.append(output.numel() // VOCAB))
@@ -121,6 +127,26 @@ def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
     heads.clear()
     list(model.loglikelihood([ScoreRow(prompt, Trie.of([[1, 2], [1, 3], [4, 5, 6]])[0])] * 2))
     assert (lengths, heads) == ([5, 3], [2, 6])
+
+
+def test_a_pass_reads_whole_branches_on_their_prompt_alone_and_few_logits_are_held(
+    make_network: Callable[..., Any], make_model: Callable[..., Any]
+) -> None:
+    network = make_network(VOCAB)
+    branches = [[token, token + 1, token + 2, 0] for token in (1, 4, 7)] + [[token, 9] for token in range(20, 27)]
+    rows = [ScoreRow((1, 2, 3, 4, 5), Trie.of(branches)[0])] * 2
+    expected = token_by_token(network, rows[0])
+    read: list[tuple[int, int]] = []
+    heads: list[int] = []
+    network.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append((kwargs["input_ids"].shape[1], kwargs["attention_mask"].shape[-1])),
+        with_kwargs=True,
+    )
+    network.lm_head.register_forward_hook(lambda _, args, output: heads.append(output.numel()))
+    found = score(make_model(network)._chosen(rows[0]), rows, torch.device("cpu"), 6, VOCAB * 8)
+    assert read == [(5, 5), (6, 11), (6, 11), (4, 9)]
+    assert max(heads) == VOCAB * 8
+    close(dict(enumerate(found)), [expected] * 2)
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(

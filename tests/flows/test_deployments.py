@@ -28,8 +28,8 @@ FLOWS = [
     "judge-texts",
     "rate-texts",
 ]
-PATIENCE = 240.0
-"""Seconds; a run takes about ten on an idle machine."""
+PATIENCE = 600.0
+"""Seconds; a run takes about ten on an idle machine, and they run one after another."""
 
 pytestmark = pytest.mark.end_to_end
 

@@ -13,13 +13,14 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import FlowPauseTimeout
 
 import alpaca_core
 from alpaca_core import Policy, RowError, decide, fit_calibration
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import classify_texts, judge_texts, review
-from prefect_alpaca.flows.routing import Routed, statement
+from prefect_alpaca.flows.routing import Routed, route, statement
 from prefect_alpaca.tasks import Json, use_model, values
 from prefect_alpaca.tasks.named import save_named
 
@@ -175,6 +176,24 @@ def test_a_run_that_nobody_answers_fails_and_leaves_its_page(left: Left) -> None
     assert run.state_name == "Failed"
     assert "2 to review" in page
     assert [row["decided_by"] for row in table if row["decided_by"]] == ["model"] * 5
+
+
+def test_labels_that_were_given_before_nobody_answered_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = route(alpaca_core.judge(FAKE, ["A treaty.", "A strike."], LABELS), POLICY)
+    late = FlowPauseTimeout()
+
+    def answer_once(wait_for_input: Any, **_: object) -> Any:
+        if "row_2" in wait_for_input.model_fields:
+            raise late
+        return wait_for_input(row_1="Sports")
+
+    monkeypatch.setattr(review, "MOST_ASKED", 1)
+    monkeypatch.setattr(review, "pause_flow_run", answer_once)
+    given, error = review.ask_person(rows, 60)
+    assert error is late
+    assert isinstance(given[0], Routed)
+    assert (given[0].label, given[0].decided_by) == ("Sports", "person")
+    assert given[1:] == rows[1:]
 
 
 @pytest.mark.parametrize(
