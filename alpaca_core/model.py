@@ -3,7 +3,7 @@
 Everything else in `alpaca_core` is written on `LanguageModel.generate` and `LanguageModel.loglikelihood`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, get_args
@@ -135,6 +135,19 @@ class Trie:
     def depths(self) -> tuple[int, ...]:
         """Depth of each node; a node right after the prompt has depth 1."""
         return self._depths
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the prompt's end to `node`, which comes last."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def paths(self, nodes: Collection[int]) -> list[list[int]]:
+        """Paths that together hold `nodes`, with all their ancestors, and of which none is part of another."""
+        above = {self.parents[node] for node in nodes}
+        return [self.path(node) for node in sorted(nodes) if node not in above]
 
     @cached_property
     def _depths(self) -> tuple[int, ...]:

@@ -66,7 +66,15 @@ def read_tiles(
 
 
 def step(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, table: Tensor, heads: int
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    heads: int,
+    longest: int,
 ) -> Tensor:
     """Rotate, store and attend for one new token of each row.
 
@@ -74,6 +82,8 @@ def step(
         qkv: ``(N, (H + 2 G) D)``; the other tensors as in `read_tiles`.
         lengths: Tokens of each row before this one.
         table: Pages of each row, ``(N, pages)``; spare entries name page 0.
+        heads: ``H``.
+        longest: Of use to `kernels`.
 
     Returns:
         ``(N, H D)``.
@@ -117,5 +127,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     kv = k.shape[2]
     q = q.unflatten(2, (kv, heads // kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # n, G, H / G * queries, D
     mask = seen[:, None].expand(-1, heads // kv, -1, -1).reshape(n, 1, heads // kv * queries, -1)
-    found = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return found.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).reshape(n, queries, heads * width)
+    found: Tensor = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return found.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2)

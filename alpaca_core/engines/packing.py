@@ -75,7 +75,7 @@ def trie_tiles(trie: Trie, pages: Sequence[int], prompt: int, adapter: int) -> I
         return Tile([trie.tokens[node] for node in nodes], positions, masks, pages, prompt, adapter, False), nodes
 
     for node in sorted(set(trie.parents) - {-1}):
-        path = path_to(trie, node)
+        path = trie.path(node)
         if sum(each not in lanes for each in path) > TILE - len(lanes):
             yield tile()
             lanes, masks = {}, []
@@ -88,13 +88,24 @@ def trie_tiles(trie: Trie, pages: Sequence[int], prompt: int, adapter: int) -> I
         yield tile()
 
 
-def path_to(trie: Trie, node: int) -> list[int]:
-    """The nodes from the prompt's end to `node`, which comes last."""
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = trie.parents[node]
-    return path[::-1]
+def text_tiles(
+    ids: Sequence[int], pages: Sequence[int], prompt: int, path: Sequence[int], adapter: int
+) -> Iterator[tuple[Tile, list[int]]]:
+    """Cut a prompt and one path of its trie, however long, into tiles of plain text, from the prompt's last tile on.
+
+    Args:
+        ids: Tokens of both.
+        pages: Of both.
+        prompt: Tokens of the prompt.
+        path: The trie's nodes that the tokens behind the prompt are.
+        adapter: The row's.
+
+    Yields:
+        A tile, and the node that each of its last tokens is.
+    """
+    for tile in prompt_tiles(ids, pages, prompt // TILE * TILE, adapter):
+        last = tile.context + len(tile.ids)
+        yield tile, list(path[max(0, tile.context - prompt) : last - prompt])
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,15 @@ class Pages:
         self._free[:0] = range(count - 1, self.count - 1, -1)
         self.count = count
 
+    def known(self, root: str, prompt: Sequence[int]) -> int:
+        """Count the tokens of a prompt that pages hold already."""
+        count = 0
+        for key in self._keys_of(root, prompt[: len(prompt) - 1]):
+            if key not in self._by_key:
+                break
+            count += TILE
+        return count
+
     def take(self, root: str, prompt: Sequence[int], size: int) -> tuple[list[int], int] | None:
         """Take the pages of a row: known ones for its beginning, others for the rest.
 
@@ -58,11 +67,7 @@ class Pages:
             Pages, and how many tokens of the prompt they hold already; None where too few are left.
         """
         keys = list(self._keys_of(root, prompt))
-        known: list[int] = []
-        for key in keys[: (len(prompt) - 1) // TILE]:
-            if key not in self._by_key:
-                break
-            known.append(self._by_key[key])
+        known = [self._by_key[key] for key in keys[: self.known(root, prompt) // TILE]]
         for page in known:
             self._hold(page)
         fresh = -(-size // TILE) - len(known)

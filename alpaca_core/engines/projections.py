@@ -58,7 +58,9 @@ class Projection:
             self._modules = bases
         self.lora = _lora(modules, names)
 
-    def __call__(self, x: Tensor, adapters: Tensor, *, stepping: bool = False, add_to: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, adapters: Tensor | None = None, *, stepping: bool = False, add_to: Tensor | None = None
+    ) -> Tensor:
         """Project ``(N, in)`` to ``(N, out)``; with `add_to` the result is added to that tensor, in place.
 
         Args:
@@ -68,12 +70,12 @@ class Projection:
             add_to: What the result is added to.
         """
         if stepping and x.device.type == "cpu" and len(x) > EIGHT:
-            targets = [None] * len(x) if add_to is None else add_to.split(EIGHT)
+            targets = add_to.split(EIGHT) if add_to is not None else [None] * len(x)
             parts = [self._apply(part, target) for part, target in zip(x.split(EIGHT), targets, strict=False)]
             y = torch.cat(parts) if add_to is None else add_to
         else:
             y = self._apply(x, add_to)
-        return y if self.lora is None else self.lora.add(y, x, adapters)
+        return y if self.lora is None or adapters is None else self.lora.add(y, x, adapters)
 
     def _apply(self, x: Tensor, add_to: Tensor | None) -> Tensor:
         if self.weight is None:
@@ -81,7 +83,8 @@ class Projection:
             return y if add_to is None else add_to.add_(y)
         if add_to is None:
             return linear(x, self.weight, self.bias)
-        return add_to.addmm_(x, self.weight.t())
+        add_to.addmm_(x, self.weight.t())
+        return add_to if self.bias is None else add_to.add_(self.bias)
 
     def _fuse(self, bases: Sequence[nn.Linear]) -> None:
         """Put weights into one tensor, of which the layers keep views: the memory is not taken twice."""
