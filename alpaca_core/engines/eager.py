@@ -123,7 +123,7 @@ def _store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Tensor) -
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """``(n, queries, H, D)`` to ``(n, time, G, D)``; heads that share keys stand in one matrix product."""
-    n, queries, heads, width = q.shape
+    n, queries, heads, _ = q.shape
     kv = k.shape[2]
     q = q.unflatten(2, (kv, heads // kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # n, G, H / G * queries, D
     mask = seen[:, None].expand(-1, heads // kv, -1, -1).reshape(n, 1, heads // kv * queries, -1)

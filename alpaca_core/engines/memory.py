@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.packing import TILE
 from alpaca_core.engines.pages import Pages
 from alpaca_core.errors import NotEnoughMemory
 
@@ -15,7 +16,7 @@ _SHARE = 0.8
 
 
 class Memory:
-    """Takes memory for pages as rows come, doubling, up to a share of what is free.
+    """Takes memory for pages as rows come, up to a share of what is free.
 
     Args:
         llama: Whose keys and values are kept.
@@ -39,7 +40,7 @@ class Memory:
             NotEnoughMemory: If no row holds a page, and the memory is too small for this one.
         """
         taken = self.pages.take(str(adapter), prompt, size)
-        if taken is None and self._grow(self.pages.count + size // 32 + 1):
+        if taken is None and self._grow(self.pages.count + -(-size // TILE)):
             taken = self.pages.take(str(adapter), prompt, size)
         if taken is None and not self.pages.in_use:
             raise NotEnoughMemory(
@@ -48,11 +49,17 @@ class Memory:
             )
         return taken
 
+    def expect(self, sizes: Sequence[int]) -> None:
+        """Make room for rows of these numbers of tokens at once, where nothing has to be copied for it."""
+        wanted = 1 + sum(-(-size // TILE) for size in sizes)
+        if not self.pages.in_use and wanted > self.pages.count:
+            self._grow(wanted)
+
     def release(self, pages: Sequence[int], *, spoilt: bool = False) -> None:
         """Give a row's pages back; those of a row that was not finite are wiped, since a mask does not stop NaN."""
-        if spoilt:
-            self.cache[:, :, torch.tensor(pages, device=self._llama.device)] = 0
-        self.pages.release(pages, spoilt=spoilt)
+        left = self.pages.release(pages, spoilt=spoilt)
+        if spoilt and left:
+            self.cache[:, :, torch.tensor(left, device=self._llama.device)] = 0
 
     def close(self) -> None:
         """Give the memory back."""
@@ -61,7 +68,7 @@ class Memory:
     def _grow(self, least: int) -> bool:
         if self._limit is None:
             self._limit = self._most()
-        count = min(self._limit, max(least, 2 * self.pages.count))
+        count = min(self._limit, max(least, self.pages.count * 3 // 2))
         if count < least:
             return False
         try:

@@ -80,18 +80,25 @@ class Pages:
                 self._by_key[key], self._keys[page] = page, key
         return pages, len(known) * TILE
 
-    def release(self, pages: Sequence[int], *, spoilt: bool = False) -> None:
-        """Give pages back; `spoilt` ones are forgotten, since nothing good can come of their contents."""
+    def release(self, pages: Sequence[int], *, spoilt: bool = False) -> list[int]:
+        """Give pages back; return those that no other row holds.
+
+        With `spoilt` these are forgotten, since nothing good can come of their contents. What another row holds
+        is as good as that row.
+        """
+        left = []
         for page in pages:
             self._users[page] -= 1
-            if spoilt:
-                self._forget(page)
             if not self._users[page]:
                 del self._users[page]
+                left.append(page)
+                if spoilt:
+                    self._forget(page)
                 if page in self._keys:
                     self._idle[page] = None
                 else:
                     self._free.append(page)
+        return left
 
     def forget(self) -> None:
         """Forget all beginnings, since a pass that should have written some of them failed."""

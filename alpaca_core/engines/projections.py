@@ -2,18 +2,93 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 EIGHT = 8
 """Rows of a decode step's product on the CPU."""
+_LEAST_INT8 = 32
+"""Rows of an int8 product on a GPU; cuBLAS refuses 16 and fewer."""
+
+
+class _Weights(Protocol):
+    """``(N, in)`` to ``(N, out)``; with a target the result is added to it, in place."""
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor: ...
+
+
+class _Dense:
+    """Plain weights of layers with the same input, in one tensor, of which the layers keep views."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._weight: Tensor = layers[0].weight
+        self._bias: Tensor | None = layers[0].bias
+        if len(layers) > 1:
+            self._weight = torch.cat([layer.weight for layer in layers])
+            parts = self._weight.split([layer.out_features for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight.data = part
+            if self._bias is not None:
+                self._bias = torch.cat([layer.bias for layer in layers])
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        if x.device.type == "cuda" and len(x) == 1 and self._bias is None:
+            from alpaca_core.engines.kernels import one_row
+
+            return one_row(x, self._weight, add_to)
+        if add_to is None:
+            return linear(x, self._weight, self._bias)
+        add_to.addmm_(x, self._weight.t())
+        return add_to if self._bias is None else add_to.add_(self._bias)
+
+
+class _Int8:
+    """bitsandbytes' int8 weights at threshold 0, in one tensor, for a GPU.
+
+    Its own modules cast to float16 and call five kernels a product; here it is three, and one for all layers.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._weight = torch.cat([layer.weight.data for layer in layers])
+        self._columns = torch.cat([_scales(layer) for layer in layers])
+        parts = self._weight.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight.data = part
+            if layer.weight.CB is not None:
+                layer.weight.CB = part
+            else:
+                layer.state.CB = part
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        from alpaca_core.engines.kernels import from_int8, to_int8
+
+        turned, rows = to_int8(x)
+        sums = torch._int_mm(pad(turned, (0, 0, 0, max(0, _LEAST_INT8 - len(x)))), self._weight.t())
+        out = x.new_empty(len(x), len(self._weight)) if add_to is None else add_to
+        return from_int8(sums, rows, self._columns, out, add=add_to is not None)
+
+
+def _scales(layer: Any) -> Tensor:
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
+
+
+class _Modules:
+    """Layers that are called as they are, one after the other."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        y = torch.cat([layer(x) for layer in self._layers], -1)
+        return y if add_to is None else add_to.add_(y)
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class _Lora:
     """Low-rank updates of several adapters for one projection, side by side.
 
     All rows meet all adapters, and what is not theirs is set to zero in between: one small product more
@@ -36,7 +111,7 @@ class Lora:
 
 
 class Projection:
-    """One or more linear layers of the same input, as one product where their weights are dense.
+    """One or more linear layers of the same input, as one product where their weights allow it.
 
     On the CPU a decode step's product is made of eight rows at a time, and that of a pass over prompts of
     a multiple of sixteen: MKL takes other ways for other small numbers, but a row's sums come out the same
@@ -49,14 +124,11 @@ class Projection:
 
     def __init__(self, modules: Sequence[Any], names: Sequence[str] = ()) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
-        self._modules: Sequence[nn.Module] = ()
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        if all(type(base) is nn.Linear for base in bases):
-            self._fuse(bases)
-        else:
-            self._modules = bases
-        self.lora = _lora(modules, names)
+        kinds = {type(base).__name__ for base in bases}
+        on_gpu = bases[0].weight.device.type == "cuda"
+        weights = _Dense if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
+        self._weights: _Weights = weights(bases)
+        self._lora = _beside(modules, names)
 
     def __call__(
         self, x: Tensor, adapters: Tensor | None = None, *, stepping: bool = False, add_to: Tensor | None = None
@@ -70,50 +142,34 @@ class Projection:
             add_to: What the result is added to.
         """
         if stepping and x.device.type == "cpu" and len(x) > EIGHT:
-            targets = add_to.split(EIGHT) if add_to is not None else [None] * len(x)
-            parts = [self._apply(part, target) for part, target in zip(x.split(EIGHT), targets, strict=False)]
-            y = torch.cat(parts) if add_to is None else add_to
+            if add_to is None:
+                y = torch.cat([self._weights(part, None) for part in x.split(EIGHT)])
+            else:
+                for part, target in zip(x.split(EIGHT), add_to.split(EIGHT), strict=True):
+                    self._weights(part, target)
+                y = add_to
         else:
-            y = self._apply(x, add_to)
-        return y if self.lora is None or adapters is None else self.lora.add(y, x, adapters)
-
-    def _apply(self, x: Tensor, add_to: Tensor | None) -> Tensor:
-        if self.weight is None:
-            y = torch.cat([module(x) for module in self._modules], -1)
-            return y if add_to is None else add_to.add_(y)
-        if add_to is None:
-            return linear(x, self.weight, self.bias)
-        add_to.addmm_(x, self.weight.t())
-        return add_to if self.bias is None else add_to.add_(self.bias)
-
-    def _fuse(self, bases: Sequence[nn.Linear]) -> None:
-        """Put weights into one tensor, of which the layers keep views: the memory is not taken twice."""
-        if len(bases) == 1:
-            self.weight, self.bias = bases[0].weight, bases[0].bias
-            return
-        self.weight = torch.cat([base.weight for base in bases])
-        first = 0
-        for base in bases:
-            base.weight.data = self.weight[first : first + base.out_features]
-            first += base.out_features
-        if bases[0].bias is not None:
-            self.bias = torch.cat([base.bias for base in bases])
+            y = self._weights(x, add_to)
+        return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
 
 
-def _lora(modules: Sequence[Any], names: Sequence[str]) -> Lora | None:
-    outs = [module.out_features for module in modules]
-    downs, ups, owners = [], [], []
+def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:
+    """The adapters of some layers, each changing its own part of the output."""
+    sizes = [module.out_features for module in modules]
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    owners: list[int] = []
     for place, module in enumerate(modules):
         for number, name in enumerate(names):
             if name not in getattr(module, "lora_A", ()):
                 continue
             down, up = module.lora_A[name].weight, module.lora_B[name].weight
-            whole = up.new_zeros(sum(outs), up.shape[1])
-            first = sum(outs[:place])
-            whole[first : first + outs[place]] = up * module.scaling[name]
+            whole = up.new_zeros(sum(sizes), up.shape[1])
+            first = sum(sizes[:place])
+            whole[first : first + sizes[place]] = up * module.scaling[name]
             downs.append(down)
             ups.append(whole)
             owners += [number] * len(down)
     if not downs:
         return None
-    return Lora(torch.cat(downs), torch.cat(ups, 1), torch.tensor(owners, device=downs[0].device))
+    return _Lora(torch.cat(downs), torch.cat(ups, 1), torch.tensor(owners, device=downs[0].device))

@@ -8,6 +8,7 @@ pass is started before the results of the one before are looked at, so that a GP
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ class Reader:
         """Start rows until a pass is full: the tiles of their prompts; those of their nodes wait."""
         batch: _Batch = []
         room = self._shape.tokens
+        self._memory.expect([len(each.row.prompt_ids) for each in islice(self._waiting, 4 * self._shape.most_ends)])
         while self._waiting:
             reading = self._waiting[0]
             prompt = reading.row.prompt_ids

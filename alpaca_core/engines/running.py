@@ -123,6 +123,8 @@ class Runner:
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         if not self._waiting or len(free) < min(len(self._waiting), self._shape.slots // 8):
             return  # a pass over prompts costs the same for one row as for many
+        next_rows = [self._waiting[place].row for place in range(min(len(free), len(self._waiting)))]
+        self._memory.expect([len(row.prompt_ids) + row.sampling.max_new_tokens for row in next_rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         while self._waiting and free:
             row = self._waiting[0]
