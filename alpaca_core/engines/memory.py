@@ -69,7 +69,7 @@ class Memory:
         if self._limit is None:
             self._limit = self._most()
         count = min(self._limit, max(least, self.pages.count * 3 // 2))
-        if count < least:
+        if count <= self.pages.count:
             return False
         try:
             if self.pages.in_use:

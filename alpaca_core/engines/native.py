@@ -1,6 +1,8 @@
 """`LanguageModel` on our own forward pass: the rows' results are the same in any company, bit for bit."""
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -12,7 +14,7 @@ from alpaca_core.engines.reading import Reader
 from alpaca_core.engines.running import Runner, outcomes
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.engines.transformers import TransformersModel
-from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.errors import InvalidRequest, NotEnoughMemory, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.spec import digest_of
 from alpaca_core.tokenizer import Tokenizer
@@ -20,6 +22,9 @@ from alpaca_core.tokenizer import Tokenizer
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
 _CPU_TOKENS = 256
+_ATTEMPTS = 8
+
+_Found = TypeVar("_Found")
 
 
 class NativeModel(TransformersModel):
@@ -48,6 +53,7 @@ class NativeModel(TransformersModel):
             self._memory = Memory(self._llama)
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
         self._shape = shape
+        self._failures = 0  # one after the other
         self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
@@ -70,7 +76,7 @@ class NativeModel(TransformersModel):
             while request.left or request.ended:
                 with self._lock:
                     if not request.ended:
-                        self._open().advance()
+                        self._attempt(self._open().advance)
                 for index, outcome in outcomes(request):
                     yield index, self._completion(rows[index], outcome)
         finally:
@@ -96,12 +102,12 @@ class NativeModel(TransformersModel):
             while not reader.done:
                 with self._lock:
                     self._open()
-                    ended = reader.advance()
-                for index, outcome in ended:
+                    ended = self._attempt(reader.advance)
+                for index, outcome in ended or ():
                     yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
         finally:
             with self._lock:
-                reader.close()
+                reader.release()
 
     def close(self) -> None:
         """Free the memory of weights and cache. Iterators that are still open raise at their next step."""
@@ -110,6 +116,28 @@ class NativeModel(TransformersModel):
             self._memory.close()
             self._runner.close()
         super().close()
+
+    def _attempt(self, advance: Callable[[], _Found]) -> _Found | None:
+        """Take a step; where memory is short give back what is spare, and let the caller try again.
+
+        Raises:
+            NotEnoughMemory: After several attempts one after the other.
+        """
+        try:
+            found = advance()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._failures += 1
+            if self._failures > _ATTEMPTS:
+                raise NotEnoughMemory(
+                    f"{self.info.device} has no memory for a step of {self._shape.slots} rows and passes of "
+                    f"{self._shape.tokens:,} tokens. Lower batch_size, or load the model in fewer bits."
+                ) from error
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+        self._failures = 0
+        return found
 
     def _open(self) -> Runner:
         if self._llama is None:

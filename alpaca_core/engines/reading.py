@@ -93,7 +93,11 @@ class Reader:
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[int, list[float] | RowRejected]]:
-        """Read the next prompts, and inner nodes when they fill a pass; return the rows that are complete."""
+        """Read the next prompts, and inner nodes when they fill a pass; return the rows that are complete.
+
+        After an error all rows that are not complete are back in line, and their results will be the same.
+        """
+        before = len(self._passes)
         try:
             many = sum(len(tile.ids) for tile, _ in self._nodes) >= self._shape.tokens
             tiles = [] if many else self._prompts()
@@ -103,28 +107,33 @@ class Reader:
                 nodes, self._nodes = self._nodes, []
                 for batch in self._shape.passes(nodes):
                     self._read(batch, every=True)
-                if not nodes and not self._passes:
-                    raise NotEnoughMemory(
-                        "the labels of one row need more memory for keys and values than is left. "
-                        "Use fewer or shorter ones."
-                    )
-            ended: list[_Reading] = []
-            while self._passes and (len(self._passes) > 1 or not (self._waiting or self._nodes)):
-                ended += self._passes.popleft().settle()
         except BaseException:
-            self._memory.pages.forget()
+            self._begin_again()
             raise
+        keep = len(self._passes) > before and bool(self._waiting or self._nodes)  # one runs while we look at others
+        ended: list[_Reading] = []
+        while len(self._passes) > keep:
+            ended += self._passes.popleft().settle()
         for reading in ended:
             del self._held[id(reading)]
             self._memory.release(reading.pages, spoilt=not reading.finite)
         return [(reading.index, reading.scores if reading.finite else _not_finite()) for reading in ended]
 
-    def close(self) -> None:
-        """Give up the rows that are not complete."""
+    def _begin_again(self) -> None:
+        held = list(self._held.values())
+        self.release()
+        self._memory.pages.forget()
+        for reading in reversed(held):
+            reading.pages, reading.open, reading.finite = [], 0, True
+            self._waiting.appendleft(reading)
+
+    def release(self) -> None:
+        """Drop what has been read of the rows that are not complete, and give their pages back."""
         for reading in self._held.values():
             self._memory.release(reading.pages)
         self._held.clear()
-        self._waiting.clear()
+        self._nodes.clear()
+        self._passes.clear()
 
     def _prompts(self) -> _Batch:
         """Start rows until a pass is full: the tiles of their prompts; those of their nodes wait."""
@@ -166,6 +175,11 @@ class Reader:
             taken = self._memory.take(reading.adapter, text, len(text))
             if taken is None:
                 self._memory.release(reading.pages, spoilt=True)
+                if not self._memory.pages.in_use:
+                    raise NotEnoughMemory(
+                        "the labels of one row need more memory for keys and values than is left. "
+                        "Use fewer or shorter ones."
+                    )
                 return None
             reading.pages += taken[0]
             for tile, nodes in text_tiles(text, taken[0], len(prompt), path, reading.adapter):

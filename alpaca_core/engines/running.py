@@ -91,32 +91,20 @@ class Runner:
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Start waiting rows, take one decode step, and look at the step before."""
-        try:
-            self._start()
-            if any(self._rows):
-                self._step()
-            while self._behind and (len(self._behind) > self._shape.fixed or not any(self._rows)):
-                self._look(*self._behind.popleft())
-        except BaseException:
-            self._begin_again()
-            raise
+        """Start waiting rows, take one decode step, and look at the step before.
+
+        After an error no row is lost, and none will have another result: a step that failed has changed nothing
+        that a second one would not write again.
+        """
+        self._start()
+        if any(self._rows):
+            self._step()
+        while self._behind and (len(self._behind) > self._shape.fixed or not any(self._rows)):
+            self._look(*self._behind.popleft())
 
     def close(self) -> None:
         """Let go of what takes memory."""
         self._stepper.close()
-
-    def _begin_again(self) -> None:
-        """After a failed step, put all rows back in line: their results will be the same."""
-        rows = [row for row in self._rows if row]
-        rows += [row for _, members in self._behind for row in members if not row.over and row not in rows]
-        self._behind.clear()
-        self._leave(rows)
-        self._memory.pages.forget()
-        for row in reversed(rows):
-            row.tokens, row.drawn = [], 0
-            if not row.request.cancelled:
-                self._waiting.appendleft(row)
 
     def _start(self) -> None:
         """Read the prompts of waiting rows, as many as there are free slots and pages."""
@@ -137,12 +125,19 @@ class Runner:
             self._rows[row.slot] = row
             mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
             tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
-        for batch in self._shape.passes(tiles):
-            packed = self._shape.pack([tile for tile, _ in batch], self._llama.device)
-            states = self._llama.read(packed, self._memory.cache, every=False)
-            ends = {place: row for place, (_, row) in enumerate(batch) if row}
-            if ends:
-                self._join(ends, self._llama.logits(states))
+        try:
+            for batch in self._shape.passes(tiles):
+                packed = self._shape.pack([tile for tile, _ in batch], self._llama.device)
+                states = self._llama.read(packed, self._memory.cache, every=False)
+                ends = {place: row for place, (_, row) in enumerate(batch) if row}
+                if ends:
+                    self._join(ends, self._llama.logits(states))
+        except BaseException:
+            unread = [row for row in self._rows if row and not row.drawn]
+            self._leave(unread)
+            self._memory.pages.forget()
+            self._waiting.extendleft(reversed(unread))
+            raise
 
     def _join(self, ends: dict[int, _Row], logits: Tensor) -> None:
         """Give rows their slots, with the first token chosen from the logits at their places."""

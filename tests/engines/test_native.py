@@ -239,19 +239,29 @@ def test_a_step_that_fails_loses_no_row_and_changes_no_result(
     make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = texts(20)
-    rows = [GenerateRow(prompt, SETTINGS[place % 4]) for place, prompt in enumerate(prompts)]
     model = make_native(4)
-    expected = dict(model.generate(rows))
+    expected = results(model, prompts)
+    model._memory.pages.forget()
     fails = random.Random(0)
-    plain = Llama.step
+    failed = []
 
-    def step(self: Llama, *args: Any) -> torch.Tensor:
-        if fails.random() < 0.1:
-            raise torch.OutOfMemoryError("injected")
-        return plain(self, *args)
+    def failing(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **settings: Any) -> torch.Tensor:
+            if fails.random() < 0.2:
+                failed.append(plain)
+                raise torch.OutOfMemoryError("injected")
+            return plain(*args, **settings)
 
-    monkeypatch.setattr(Llama, "step", step)
-    assert dict(model.generate(rows)) == expected
+        return call
+
+    for name in ("step", "read", "logits"):
+        monkeypatch.setattr(Llama, name, failing(getattr(Llama, name)))
+    assert results(model, prompts) == expected
+    assert len(set(failed)) == 3
+    assert not model._memory.pages.in_use
+    monkeypatch.setattr(Llama, "step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(NotEnoughMemory, match="Lower batch_size"):
+        results(model, prompts)
 
 
 def test_threads_share_steps_and_a_cancelled_caller_takes_only_its_own_rows(
