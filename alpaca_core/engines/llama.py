@@ -122,7 +122,7 @@ class Llama:
             attended = ops.read_tiles(qkv, keys, values, self.cos, self.sin, packed, self.heads)
             if not every and place == len(self.layers) - 1:  # behind the last cache nothing else is looked at
                 x, attended, adapters = x[packed.ends], attended[packed.ends], adapters[packed.ends]
-            x = self._rest(layer, x, attended, adapters, stepping=False)
+            x = self._rest(layer, x, attended, adapters)
         return ops.norm(x, self.norm, self.eps)  # type: ignore[no-any-return]
 
     def step(
@@ -131,7 +131,7 @@ class Llama:
         """Read one token of each row.
 
         Args:
-            tokens: ``(N,)``; on the CPU a multiple of eight.
+            tokens: ``(N,)``; on the CPU a multiple of 16.
             lengths: Tokens of each row before this one.
             table: Pages of each row, ``(N, pages)``, with one for the new token.
             adapters: Number of each row's adapter, -1 for none.
@@ -144,21 +144,21 @@ class Llama:
         ops = self.operations
         x = embedding(tokens, self.embedding)
         for place, layer in enumerate(self.layers):
-            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters, stepping=True)
+            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
             keys, values = cache[place]
             attended = ops.step(qkv, keys, values, self.cos, self.sin, lengths, table, self.heads, longest)
-            x = self._rest(layer, x, attended, adapters, stepping=True)
-        return self.logits(ops.norm(x, self.norm, self.eps), stepping=True)
+            x = self._rest(layer, x, attended, adapters)
+        return self.logits(ops.norm(x, self.norm, self.eps))
 
-    def logits(self, states: Tensor, *, stepping: bool = False) -> Tensor:
-        """Return the float32 logits of normalized states, ``(N, vocab)``; N a multiple as in `read` or `step`."""
-        return self.head(states, stepping=stepping).float()
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the float32 logits of normalized states, ``(N, vocab)``; on the CPU N is a multiple of 16."""
+        return self.head(states).float()
 
-    def _rest(self, layer: _Layer, x: Tensor, attended: Tensor, adapters: Tensor, *, stepping: bool) -> Tensor:
+    def _rest(self, layer: _Layer, x: Tensor, attended: Tensor, adapters: Tensor) -> Tensor:
         """What follows attention in a layer; `x` is written."""
-        x = layer.out(attended, adapters, stepping=stepping, add_to=x)
-        both = layer.gate_up(self.operations.norm(x, layer.before_mlp, self.eps), adapters, stepping=stepping)
-        return layer.down(self.operations.silu_mul(both), adapters, stepping=stepping, add_to=x)
+        x = layer.out(attended, adapters, add_to=x)
+        both = layer.gate_up(self.operations.norm(x, layer.before_mlp, self.eps), adapters)
+        return layer.down(self.operations.silu_mul(both), adapters, add_to=x)
 
 
 def _operations(device: torch.device) -> ModuleType:

@@ -46,8 +46,11 @@ class NativeModel(TransformersModel):
         fixed = self._device.type == "cuda"
         tokens = min(_GPU_TOKENS, max(64, 64 * batch_size)) if fixed else _CPU_TOKENS
         shape = Shape(batch_size, tokens, fixed)
-        digest = digest_of([info.digest, shape.slots, shape.tokens]) if fixed else info.digest
-        self.info = info.model_copy(update={"engine": "native", "rows_independent": True, "digest": digest})
+        told: dict[str, object] = {"engine": "native", "rows_independent": True}
+        if fixed:
+            sizes = f"{shape.slots}x{shape.tokens}"
+            told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
+        self.info = info.model_copy(update=told)
         with torch.no_grad():
             self._llama: Llama | None = Llama(network)
             self._memory = Memory(self._llama)
@@ -71,7 +74,8 @@ class NativeModel(TransformersModel):
             else:
                 ready.append((index, row, number))
         with self._lock:
-            request = self._open().submit(ready)
+            runner = self._open()
+            request = runner.submit(ready)
         try:
             while request.left or request.ended:
                 with self._lock:
@@ -81,7 +85,7 @@ class NativeModel(TransformersModel):
                     yield index, self._completion(rows[index], outcome)
         finally:
             with self._lock:
-                self._runner.cancel(request)
+                runner.cancel(request)
         for place, completion in super().generate([rows[index] for index in beams]):
             yield beams[place], completion
 
@@ -112,9 +116,11 @@ class NativeModel(TransformersModel):
     def close(self) -> None:
         """Free the memory of weights and cache. Iterators that are still open raise at their next step."""
         with self._lock:
-            self._llama = None
-            self._memory.close()
-            self._runner.close()
+            if self._llama is not None:
+                self._llama = None
+                self._memory.close()
+                self._runner.close()
+                del self._memory, self._runner
         super().close()
 
     def _attempt(self, advance: Callable[[], _Found]) -> _Found | None:

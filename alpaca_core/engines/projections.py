@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-EIGHT = 8
-"""Rows of a decode step's product on the CPU."""
 _LEAST_INT8 = 32
 """Rows of an int8 product on a GPU; cuBLAS refuses 16 and fewer."""
 
@@ -113,9 +111,8 @@ class _Lora:
 class Projection:
     """One or more linear layers of the same input, as one product where their weights allow it.
 
-    On the CPU a decode step's product is made of eight rows at a time, and that of a pass over prompts of
-    a multiple of sixteen: MKL takes other ways for other small numbers, but a row's sums come out the same
-    at every place of these. On a GPU the number of rows is the caller's promise.
+    A row's sums come out the same at every place of a product of a fixed number of rows, and on the CPU of any
+    multiple of sixteen (MKL takes other ways for fewer than that). Which numbers come is the caller's promise.
 
     Args:
         modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
@@ -130,26 +127,15 @@ class Projection:
         self._weights: _Weights = weights(bases)
         self._lora = _beside(modules, names)
 
-    def __call__(
-        self, x: Tensor, adapters: Tensor | None = None, *, stepping: bool = False, add_to: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
         """Project ``(N, in)`` to ``(N, out)``; with `add_to` the result is added to that tensor, in place.
 
         Args:
             x: The input.
             adapters: Number of each row's adapter, -1 for none.
-            stepping: Whether this is a decode step.
             add_to: What the result is added to.
         """
-        if stepping and x.device.type == "cpu" and len(x) > EIGHT:
-            if add_to is None:
-                y = torch.cat([self._weights(part, None) for part in x.split(EIGHT)])
-            else:
-                for part, target in zip(x.split(EIGHT), add_to.split(EIGHT), strict=True):
-                    self._weights(part, target)
-                y = add_to
-        else:
-            y = self._weights(x, add_to)
+        y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
 
 

@@ -19,7 +19,6 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import row_key
 from alpaca_core.engines.packing import TILE, Tile, prompt_tiles
-from alpaca_core.engines.projections import EIGHT
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.errors import RowRejected
@@ -168,7 +167,7 @@ class Runner:
         if self._shape.fixed:
             lanes, rows = None, list(self._rows)
         else:
-            spare = -len(members) % EIGHT
+            spare = self._shape.padded(len(members)) - len(members)
             lanes = torch.tensor([*(row.slot for row in members), *[self._shape.slots] * spare])
             rows = [*members, *[None] * spare]
         logits = self._stepper(lanes, longest)

@@ -49,8 +49,8 @@ class Shape:
         """Put the tiles of a pass side by side, filled up as this shape says."""
         if self.fixed:
             return pack(tiles, self.tokens, self.most_ends, device)
-        return pack(tiles, _padded(sum(len(tile.ids) for tile in tiles)), _padded(len(tiles)), device)
+        return pack(tiles, self.padded(sum(len(tile.ids) for tile in tiles)), self.padded(len(tiles)), device)
 
-
-def _padded(count: int) -> int:
-    return -(-count // _SIXTEEN) * _SIXTEEN
+    def padded(self, count: int) -> int:
+        """Fill a number up to a multiple of 16."""
+        return -(-count // _SIXTEEN) * _SIXTEEN

@@ -73,7 +73,7 @@ def test_a_row_has_the_same_bits_in_any_order_shard_batch_size_and_alone(
 ) -> None:
     torch.set_num_threads(threads)
     names = ("default", "other")
-    network = add_adapters(make_network(max_position_embeddings=1024, hidden_size=48, intermediate_size=112), names)
+    network = add_adapters(make_network(max_position_embeddings=1024, hidden_size=64, intermediate_size=100), names)
     chosen = (*names, None)
     prompts = texts(30)
     expected = results(make_native(8, names, network), prompts, chosen)
@@ -187,7 +187,8 @@ def test_families_and_scaled_positions_are_those_of_transformers(make_model: Cal
     kinds = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
     for name, value in (
         ("vocab_size", 258), ("hidden_size", 32), ("intermediate_size", 64), ("num_hidden_layers", 2),
-        ("num_attention_heads", 4), ("num_key_value_heads", 2), ("max_position_embeddings", 256), ("eos_token_id", None),
+        ("num_attention_heads", 4), ("num_key_value_heads", 2), ("max_position_embeddings", 256),
+        ("eos_token_id", None),
     ):  # fmt: skip
         setattr(config, name, value)
     torch.manual_seed(0)
