@@ -40,7 +40,7 @@ def read_tiles(
         heads: ``H``.
 
     Returns:
-        ``(N, H D)``; of tokens in no tile anything finite.
+        ``(N, H D)``; of tokens in no tile anything.
     """
     q, k, v = _rotated(qkv, cos, sin, packed.positions, keys, heads)
     _store(k, v, keys, values, packed.places)

@@ -61,10 +61,11 @@ def read_tiles(
     """Rotate, store keys and values, and attend from every tile to its context and to itself."""
     kv, width = keys.shape[2:]
     steps = keys.stride()[:3]
-    _store[(qkv.shape[0], 2 * kv)](
-        qkv, cos, sin, packed.positions, packed.places, keys, values, *steps, heads, kv, width, TILE, num_warps=1
-    )
-    out = qkv.new_zeros(qkv.shape[0], heads * width)
+    _store[(qkv.shape[0], 2)](
+        qkv, cos, sin, packed.positions, packed.places, keys, values, *steps, heads, kv, width, TILE,
+        triton.next_power_of_2(kv), num_warps=4,
+    )  # fmt: skip
+    out = qkv.new_empty(qkv.shape[0], heads * width)  # what is in no tile stays as it is, and in its row
     _read_tiles[(packed.starts.shape[0], heads)](
         qkv, out, keys, values, *steps, cos, sin, packed.positions, packed.starts, packed.counts, packed.contexts,
         packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, 2 * TILE,
@@ -74,27 +75,28 @@ def read_tiles(
 
 
 @triton.jit
-def _store(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step, head_step,
-           HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """One program a token and a key or value head; keys are turned where they stand, too."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    half = tl.arange(0, D // 2)
-    at = qkv_ptr + token * (HEADS + 2 * KV) * D + (HEADS + head) * D + half
-    first, second = tl.load(at), tl.load(at + D // 2)
+def _store(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step,
+           head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """One program for a token's keys, which are turned where they stand, too, and one for its values."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, half = tl.arange(0, LANES)[:, None], tl.arange(0, D // 2)[None]
+    good = head < KV
+    at = qkv_ptr + token * (HEADS + 2 * KV) * D + (HEADS + part * KV + head) * D + half
+    first, second = tl.load(at, good), tl.load(at + D // 2, good)
     place = tl.load(place_ptr + token)
-    to = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + half
-    if head < KV:
+    to = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + head * head_step + half
+    if part == 0:
         turn = tl.load(position_ptr + token).to(tl.int64) * (D // 2) + half
         cos, sin = tl.load(cos_ptr + turn), tl.load(sin_ptr + turn)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first, second = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
-        tl.store(at, first)
-        tl.store(at + D // 2, second)
-        tl.store(keys_ptr + to + head * head_step, first)
-        tl.store(keys_ptr + to + head * head_step + D // 2, second)
+        tl.store(at, first, good)
+        tl.store(at + D // 2, second, good)
+        tl.store(keys_ptr + to, first, good)
+        tl.store(keys_ptr + to + D // 2, second, good)
     else:
-        tl.store(values_ptr + to + (head - KV) * head_step, first)
-        tl.store(values_ptr + to + (head - KV) * head_step + D // 2, second)
+        tl.store(values_ptr + to, first, good)
+        tl.store(values_ptr + to + D // 2, second, good)
 
 
 @triton.jit
