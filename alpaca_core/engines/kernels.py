@@ -76,7 +76,8 @@ def read_tiles(
 
 @triton.jit
 def _store(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step,
-           head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+           head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+           LANES: tl.constexpr):  # fmt: skip
     """One program for a token's keys, which are turned where they stand, too, and one for its values."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, half = tl.arange(0, LANES)[:, None], tl.arange(0, D // 2)[None]

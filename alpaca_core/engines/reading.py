@@ -205,7 +205,7 @@ class Reader:
     def _score(self, states: Tensor, wanted: Sequence[tuple[int, _Reading, int]], size: int, found: _Pass) -> None:
         """Score the children of some nodes, by logits of a fixed number of states."""
         places = [place for place, _, _ in wanted]
-        index = torch.tensor([*places, *places[:1] * (size - len(places))], device=states.device)
+        index = torch.tensor([*places, *places[:1] * (size - len(places))]).to(states.device, non_blocking=True)
         logits = self._llama.logits(states[index])  # size, V
         norms = logits.logsumexp(-1)
         lanes: list[int] = []
