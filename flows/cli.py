@@ -21,7 +21,7 @@ from alpaca_core.calibration import CalibrationMethod
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.spec import TemplateName
-from prefect_alpaca.flows import commands
+from prefect_alpaca.flows import commands, labelled
 from prefect_alpaca.flows.options import (
     Parser,
     label_of,
@@ -154,12 +154,12 @@ def _parser() -> Parser:
         add("--json", action="store_true", help="print it as one JSON object")
 
     about = "fit a calibration of a question on texts, with or without their right labels"
-    add = command("calibrate", "FILE", commands.run_calibrate, about, model)
+    add = command("calibrate", "FILE", labelled.run_calibrate, about, model)
     fitted("the label where it is known", "calibration")
     add("--method", choices=get_args(CalibrationMethod), help="how to fit (default: the best on the labelled rows)")
 
     about = "fit a policy on labelled texts: which labels to accept, to review, or to abstain from"
-    add = command("fit-policy", "FILE", commands.run_fit_policy, about, model)
+    add = command("fit-policy", "FILE", labelled.run_fit_policy, about, model)
     fitted("other texts than the calibration's", "policy")
     saved("calibration", "`alpaca calibrate`")
     about = "share of right labels among accepted ones (default 0.9)"

@@ -18,6 +18,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.demo",
     "prefect_alpaca.flows.cli",
     "prefect_alpaca.flows.commands",
+    "prefect_alpaca.flows.labelled",
     "prefect_alpaca.flows.running",
     "prefect_alpaca.flows.doctor",
     "prefect_alpaca.flows",
