@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -101,6 +102,21 @@ def label_of(text: str) -> str | Label:
 def label_name(label: str | Label) -> str:
     """Return how results call a label."""
     return label if isinstance(label, str) else label.name
+
+
+def check_gold(gold: Sequence[str], labels: Sequence[str | Label]) -> None:
+    """Refuse right labels that are none of the labels, before a model is loaded.
+
+    Raises:
+        InvalidRequest: For the first such row, counted from 0.
+    """
+    names = [label_name(label) for label in labels]
+    for row, label in enumerate(gold):
+        if label not in names:
+            known = ", ".join(map(repr, names))
+            raise InvalidRequest(
+                f"gold names a label of its row ({known:.200}), but row {row} has {label!r:.80}. Spell it alike."
+            )
 
 
 def texts_of(arguments: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from alpaca_core import (
     Answer,
     Calibration,
+    CascadeJudgment,
     Completion,
     Judgment,
     Outlier,
@@ -115,6 +116,24 @@ def judgment_view(row: Judgment) -> RenderableType:
     notes = [f"no label: {row.reason}" if row.reason else f"coverage {row.coverage:.2g}", *row.notes]
     action = [_action(row)] if isinstance(row, Routed) else []
     return Group(table, *action, text("; ".join(notes), "dim"))
+
+
+def savings(rows: Sequence[CascadeJudgment | RowError]) -> str:
+    """Say how many texts a cascade reasoned about, and what that took and saved; what it saved is an estimate."""
+    judged = [row for row in rows if isinstance(row, CascadeJudgment)]
+    tokens = [row.reasoning_tokens for row in judged if row.reasoning is not None]
+    spent, spared = sum(tokens), len(judged) - len(tokens)
+    if not tokens:
+        saved = "unknown, since none was reasoned about"
+    elif not spared:
+        saved = "0"
+    else:
+        mean = spent / len(tokens)
+        saved = f"about {mean * spared:,.0f} (an estimate: {mean:,.1f}, the mean of a reasoning, for each other text)"
+    return (
+        f"reasoned about {len(tokens):,} of {len(judged):,}; tokens spent: {spent:,}; "
+        f"tokens saved against reasoning about all: {saved}"
+    )
 
 
 def outliers_view(texts: Sequence[str], rows: Sequence[Outlier | RowError]) -> RenderableType:
