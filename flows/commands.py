@@ -12,6 +12,7 @@ from alpaca_core import (
     Token,
     TokenProbability,
     answer,
+    cascade,
     classify,
     generate,
     is_outlier,
@@ -100,6 +101,27 @@ def run_judge(options: argparse.Namespace) -> int:
             progress=progress,
         )
     return _print_judgments(options, texts, rows, policy)
+
+
+def run_cascade(options: argparse.Namespace) -> int:
+    """Judge each text by the logits, and reason about close ones."""
+    texts, sampling = texts_of(options.texts), sampling_of(options)
+    calibration = saved(Calibration, options.calibration)
+    reasoned_calibration = saved(Calibration, options.reasoned_calibration)
+    with opened(options) as model, progress_bar("cascade", len(texts)) as progress:
+        rows = cascade(
+            model,
+            texts,
+            options.labels or YES_NO,
+            margin=options.margin,
+            sampling=sampling,
+            instruction=options.instruction,
+            show_labels=options.show_labels,
+            calibration=calibration,
+            reasoned_calibration=reasoned_calibration,
+            progress=progress,
+        )
+    return print_rows(options, rows, lambda: [terminal.cascade_view(texts, rows)])
 
 
 def run_classify(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from alpaca_core import Label, ModelSpec, Sampling
 from alpaca_core.errors import InvalidRequest
+from alpaca_core.measuring import DIAGRAMS
 from alpaca_core.spec import EMBEDDED_MODEL, TemplateName
 
 
@@ -185,6 +186,18 @@ def share_of(text: str) -> float:
     if not 0.0 < share < 1.0:
         raise argparse.ArgumentTypeError(f"it lies above 0 and below 1, but got {text!r:.80}. Use 0.9 to 0.99.")
     return share
+
+
+def diagram_of(text: str) -> Path:
+    """Read the path of a picture that can be drawn.
+
+    Raises:
+        argparse.ArgumentTypeError: For another suffix, so that argparse names the option.
+    """
+    path = Path(text)
+    if path.suffix.lower() not in DIAGRAMS:
+        raise argparse.ArgumentTypeError(f"a diagram is a {' or a '.join(DIAGRAMS)}, but got {text!r:.80}. Rename it.")
+    return path
 
 
 def _content(path: str, what: str) -> str:
