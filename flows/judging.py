@@ -206,9 +206,9 @@ def saved_calibration(name: str | None) -> Calibration | None:
     return load_named(Calibration, name) if name else None
 
 
-def calibrated_by(name: str | None, calibration: Calibration | None) -> str:
+def calibrated_by(name: str | None, calibration: Calibration | None, calibrated: str = "Calibrated") -> str:
     """Say on a page which calibration made its probabilities, if any."""
-    return f"Calibrated by {inline(name)}, digest {calibration.digest[:12]}\n\n" if name and calibration else ""
+    return f"{calibrated} by {inline(name)}, digest {calibration.digest[:12]}\n\n" if name and calibration else ""
 
 
 def _routed_by(name: str | None, policy: Policy | None) -> str:

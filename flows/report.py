@@ -67,9 +67,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + _more(len(rows))
 
 
-def sections(parts: Sequence[tuple[str, str]]) -> str:
-    """Write numbered sections, each of a heading that is a text and a body that is Markdown already."""
-    written = [f"### {place}. {inline(title)}\n\n{body}" for place, (title, body) in enumerate(parts[:MOST_SHOWN], 1)]
+def sections(parts: Sequence[tuple[str, str]], numbers: Sequence[int] | None = None) -> str:
+    """Write numbered sections, each of a heading that is a text and a body that is Markdown already.
+
+    Args:
+        parts: Heading and body of each.
+        numbers: Of the sections; from 1 on unless said.
+    """
+    numbered = list(zip(numbers or range(1, len(parts) + 1), parts, strict=True))[:MOST_SHOWN]
+    written = [f"### {number}. {inline(title)}\n\n{body}" for number, (title, body) in numbered]
     return "\n\n---\n\n".join(written) + _more(len(parts))
 
 

@@ -18,12 +18,14 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.demo",
     "prefect_alpaca.flows.cli",
     "prefect_alpaca.flows.commands",
+    "prefect_alpaca.flows.labelled",
     "prefect_alpaca.flows.running",
     "prefect_alpaca.flows.doctor",
     "prefect_alpaca.flows",
     "prefect_alpaca.flows.answering",
     "prefect_alpaca.flows.choosing",
     "prefect_alpaca.flows.uses",
+    "prefect_alpaca.flows.cascading",
     "prefect_alpaca.flows.judging",
     "prefect_alpaca.flows.review",
     "prefect_alpaca.flows.report",
@@ -238,6 +240,7 @@ def test_tasks_export_sorted_and_pinned_names() -> None:
 def test_flows_export_sorted_and_pinned_names() -> None:
     assert prefect_alpaca.flows.__all__ == [
         "answer_question",
+        "cascade_texts",
         "classify_texts",
         "compare_texts",
         "find_outliers",

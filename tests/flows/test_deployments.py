@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 ROOT = Path(__file__).parents[2]
 FLOWS = [
     "answer-question",
+    "cascade-texts",
     "classify-texts",
     "compare-texts",
     "find-outliers",
