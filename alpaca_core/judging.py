@@ -119,7 +119,7 @@ def judge(
     digest = calibration.digest if calibration else None
     asked = asking.about_each(texts)
     if method == "logits":
-        masses = asking.read(texts, adapter, progress)
+        masses = asking.read(texts, adapter, progress, asked)
     else:
         masses = _masses_by_samples(model, asked, len(asking.labels), samples, seed, adapter, progress)
     return map_rows(

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import platform
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import sets
 import tokenizers
 import torch
 from numpy.typing import NDArray
@@ -43,7 +43,6 @@ Masses = NDArray[numpy.float64]
 """Log masses, ``(rows, labels)``, in nats."""
 
 TOP = 20
-QUESTION: dict[str, Any] = {"instruction": prompts.CLASSIFY, "template": "raw", "show_labels": False}
 
 
 @dataclass(frozen=True)
@@ -62,20 +61,13 @@ class Task:
 
 
 def read_tasks(data: Path, rows: int) -> list[Task]:
-    """Read the sets; rows are chosen by a fixed seed, labels are those of the whole file."""
-
-    def read(name: str, file: str, text: Callable[[Any], str], gold: Callable[[Any], str]) -> Task:
-        with (data / file).open(encoding="utf-8") as lines:
-            found = [json.loads(line) for line in lines]
-        chosen = random.Random(0).sample(found, min(rows, len(found)))
-        return Task(name, [text(row) for row in chosen], [gold(row) for row in chosen], sorted(set(map(gold, found))))
-
-    return [
-        read("AG News", "agnews_dev.jsonl", lambda row: f"{row['title']}. {row['text']}", lambda row: row["label"]),
-        read(
-            "banking77", "banking77_dev.jsonl", lambda row: row["text"], lambda row: row["category"].replace("_", " ")
-        ),
-    ]
+    """Read the sets; rows are chosen by a fixed seed."""
+    found = []
+    for task in sets.tasks(data):
+        if task.name in ("AG News", "banking77"):
+            texts, gold = sets.shuffled(task, data, rows)
+            found.append(Task(task.name, texts, gold, [str(label) for label in task.labels]))
+    return found
 
 
 class Ours:
@@ -140,11 +132,11 @@ class Ours:
         """The median share of the mass of all segmentations that the default leaves out; None for too many."""
         try:
             asked: list[Any] = judge(
-                self._model, self._task.texts, self._task.labels, all_segmentations=True, **QUESTION
+                self._model, self._task.texts, self._task.labels, all_segmentations=True, **sets.COMPLETION
             )
         except InvalidLabels:
             return None
-        usual: list[Any] = judge(self._model, self._task.texts, self._task.labels, **QUESTION)
+        usual: list[Any] = judge(self._model, self._task.texts, self._task.labels, **sets.COMPLETION)
         return float(numpy.median([1 - few.coverage / every.coverage for few, every in zip(usual, asked, strict=True)]))
 
     def _score(self, tries: Sequence[Trie]) -> list[list[float]]:
