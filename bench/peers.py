@@ -77,21 +77,32 @@ class Ours:
         self._model, self._task = model, task
         writer = template_of(model, "raw")
         self._ids = [writer.encode(prompt, None).ids for prompt in task.prompts]
-        tokenizer = model.tokenizer
-        self._names = [[tokenizer.continuation(ids, f" {label}") for label in task.labels] for ids in self._ids]
-        self._spellings = [find_spellings(tokenizer, as_labels(task.labels), ids) for ids in self._ids]
+        self._names = self._spelt()
+        self._spellings = [find_spellings(model.tokenizer, as_labels(task.labels), ids) for ids in self._ids]
+
+    def _spelt(self) -> list[list[tuple[int, ...]]]:
+        names = [f" {label}" for label in self._task.labels]
+        return [[self._model.tokenizer.continuation(ids, name) for name in names] for ids in self._ids]
+
+    def _forget(self) -> None:
+        """Forget what was worked out about labels, so that each run finds it anew, as CAPPr does."""
+        self._model.tokenizer._continue.cache_clear()
+        self._model.tokenizer._remembered.cache_clear()
 
     def all_spellings(self) -> Masses:
         """What `classify` says, from the text on."""
+        self._forget()
         judged: list[Any] = classify(self._model, self._task.texts, self._task.labels)
         shares = numpy.array([[row.coverage * share for share in row.probabilities.values()] for row in judged])
         with numpy.errstate(divide="ignore"):
             return numpy.asarray(numpy.log(shares))
 
     def one_spelling(self) -> Masses:
-        """A trie of one spelling a label, and nothing else."""
+        """A trie of one spelling a label, and nothing else; its tokens are found first."""
+        self._forget()
+        names = self._spelt()
         made: dict[tuple[tuple[int, ...], ...], tuple[Trie, list[int]]] = {}
-        tries = [made.setdefault(key, Trie.of(key)) for key in map(tuple, self._names)]
+        tries = [made.setdefault(key, Trie.of(key)) for key in map(tuple, names)]
         scores = self._score([trie for trie, _ in tries])
         pairs = zip(tries, scores, strict=True)
         return numpy.array([[_paths(trie, score)[end] for end in ends] for (trie, ends), score in pairs])
