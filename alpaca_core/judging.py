@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from alpaca_core.asking import Asked, Asking
 from alpaca_core.calibration import Calibration
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.labels import log_sum
 from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
@@ -138,9 +138,9 @@ def _check_settings(min_coverage: object, reads_logits: bool, method: object, sa
     if method not in get_args(Method):
         raise InvalidRequest(f"method is 'logits' or 'sampled', but got {method!r:.80}. Name one of them.")
     if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
-        raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {samples!r:.80}. Use 10 to 100.")
+        raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {brief(samples)}. Use 10 to 100.")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {seed!r:.80}. Use 0.")
+        raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {brief(seed)}. Use 0.")
     if method == "sampled" and reads_logits:
         raise InvalidRequest(
             "all_segmentations and rotate_labels read logits, so method='sampled' has no use for them. "

@@ -5,7 +5,7 @@ from operator import index
 
 import numpy
 
-from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.errors import InvalidRequest, RowRejected, brief
 from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Trie, check_model
 from alpaca_core.prompts import template_of, user_text
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
@@ -126,7 +126,7 @@ def next_tokens(
     """
     check_rows("prompts", prompts)
     if not isinstance(n, int) or n < 1:
-        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {n!r:.80}. Use 20.")
+        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {brief(n)}. Use 20.")
     writer = template_of(model, template, adapter)
     everything = Trie(tuple(range(model.info.vocab_size)), (-1,) * model.info.vocab_size)
     rows = map_rows(

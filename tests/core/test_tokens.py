@@ -40,7 +40,7 @@ def test_a_token_that_does_not_exist_is_refused(ids: object) -> None:
         describe_tokens(FakeModel(""), ids)
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.5, "all"])
+@pytest.mark.parametrize("n", [0, -1, 2.5, "all", -(10**5000)], ids=["zero", "negative", "float", "text", "huge"])
 def test_next_tokens_counts_from_one(n: object) -> None:
     with pytest.raises(InvalidRequest, match="n counts"):
         next_tokens(FakeModel(""), ["?"], n)
