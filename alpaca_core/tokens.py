@@ -50,13 +50,19 @@ def show_tokens(model: LanguageModel, texts: Sequence[str | RowError]) -> list[t
     check_rows("texts", texts)
     tokenizer = model.tokenizer
 
-    def split(text: object) -> tuple[Token, ...]:
-        ids = [*tokenizer.prefix_ids, *tokenizer.encode(user_text("a text", text))]
-        if len(ids) > MOST_TOKENS:
+    def check(tokens: int, has: str) -> None:
+        if tokens > MOST_TOKENS:
             raise RowRejected(
                 "prompt_too_long",
-                f"a text of at most {MOST_TOKENS:,} tokens is shown, but this one has {len(ids):,}. Show a part of it.",
+                f"a text of at most {MOST_TOKENS:,} tokens is shown, but this one has {has}{tokens:,}. "
+                "Show a part of it.",
             )
+
+    def split(text: object) -> tuple[Token, ...]:
+        known = user_text("a text", text)
+        check(len(known) // tokenizer.longest_piece, "at least ")  # before megabytes are split, as for prompts
+        ids = [*tokenizer.prefix_ids, *tokenizer.encode(known)]
+        check(len(ids), "")
         return tuple(_describe(tokenizer, token) for token in ids)
 
     return map_rows(split, texts)
