@@ -187,15 +187,16 @@ def test_a_full_disk_is_one_line(
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["judge"], ["tokens", "--next", "2"]], ids=" ".join)
 def test_a_terminal_shows_progress_beside_the_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    assert cli.main(["judge", "Paris?", "--model", "[/bold]", "--json"]) == 0
+    assert cli.main([*command, "Paris?", "--model", "[/bold]", "--json"]) == 0
     printed = capsys.readouterr()
     assert len(objects(printed.out)) == 1
     assert "Loading [/bold]" in printed.err
-    assert "judge" in printed.err
+    assert command[0] in printed.err
     assert "100%" in printed.err
 
 
