@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from alpaca_core.asking import Asked, Asking
-from alpaca_core.calibration import Calibration
+from alpaca_core.calibration import Calibration, check_calibration
 from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.labels import log_sum
 from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
@@ -110,12 +110,9 @@ def judge(
         template=template,
         adapter=adapter,
     )
-    if calibration is not None:
-        if method == "sampled":
-            raise InvalidRequest(
-                "a calibration is of logits, so method='sampled' has no use for it. Drop one of the two."
-            )
-        calibration.check(asking.binding())
+    if calibration is not None and method == "sampled":
+        raise InvalidRequest("a calibration is of logits, so method='sampled' has no use for it. Drop one of the two.")
+    check_calibration(calibration, asking.binding())
     digest = calibration.digest if calibration else None
     asked = asking.about_each(texts)
     if method == "logits":

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, brief
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with the project, SmolLM2-135M-Instruct (Apache 2.0)."""
@@ -18,6 +18,21 @@ class Value(BaseModel):
     """A frozen value that refuses unknown fields, NaN and infinity, and turns into JSON and back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Kind = TypeVar("Kind", bound=Value)
+
+
+def check_kind(name: str, value: object, kind: type[Kind], remedy: str) -> Kind:
+    """Return a value of the kind that an argument takes.
+
+    Raises:
+        InvalidRequest: For anything else: its JSON and its name are the usual slips.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise InvalidRequest(f"{name} is {article} {kind.__name__}, but got {brief(value)}. {remedy}")
+    return value
 
 
 def digest_of(value: Any) -> str:
