@@ -40,8 +40,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-Unset = BeforeValidator(lambda value: None if value == "" else value)
-"""A form sends an emptied field as an empty text, which means none."""
+Unset = BeforeValidator(lambda value: None if isinstance(value, str) and not value.strip() else value)
+"""A form sends an emptied field as an empty text, which means none; so does one with blanks only."""
+
+OptionalText = Annotated[str | None, Unset]
+"""A text that a form may leave out."""
 
 
 class NamedAdapter(Value):
@@ -55,7 +58,7 @@ class NamedAdapter(Value):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="What a row says to get this adapter.")]
     source: Annotated[str, Field(min_length=1, description="Hub repository or local folder of the LoRA weights.")]
-    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
+    revision: OptionalText = Field(default=None, description="Commit of the hub repository, pinned.")
 
 
 class ModelSpec(Value):
@@ -94,13 +97,9 @@ class ModelSpec(Value):
         min_length=1,
         description="Hub repository (owner/name), local folder, .gguf file, or smollm2-135m-instruct (embedded).",
     )
-    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
-    adapter: Annotated[str | None, Unset] = Field(
-        default=None, description="LoRA weights: hub repository or local folder."
-    )
-    adapter_revision: Annotated[str | None, Unset] = Field(
-        default=None, description="Commit of the adapter's hub repository, pinned."
-    )
+    revision: OptionalText = Field(default=None, description="Commit of the hub repository, pinned.")
+    adapter: OptionalText = Field(default=None, description="LoRA weights: hub repository or local folder.")
+    adapter_revision: OptionalText = Field(default=None, description="Commit of the adapter's hub repository, pinned.")
     adapters: tuple[NamedAdapter, ...] = Field(default=(), description="More LoRA weights, which rows name.")
     merge_adapter: bool = Field(default=False, description="Add the adapter into the base weights.")
     quantization: Literal["none", "int8", "nf4"] = Field(default="none", description="bitsandbytes quantization.")

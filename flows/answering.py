@@ -10,7 +10,7 @@ from pydantic import Field
 from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sampling, Verification
 from alpaca_core.answering import Steps, attempt, check_attempts
 from alpaca_core.model import DEFAULT_ADAPTER
-from alpaca_core.spec import GREEDY, Value
+from alpaca_core.spec import GREEDY, OptionalText, Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
@@ -35,7 +35,7 @@ def answer_question(
     samples: Annotated[int, Field(ge=1)] = 1,
     conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
     sampling: Sampling = GREEDY,
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Answer questions: reason step by step, conclude, and ask the model whether that is right.

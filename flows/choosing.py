@@ -11,7 +11,7 @@ from alpaca_core import Completion, Judgment, ModelSpec, RowError, Sampling
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.rows import map_rows
-from alpaca_core.spec import Value
+from alpaca_core.spec import OptionalText, Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.options import label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
@@ -51,7 +51,7 @@ def generate_and_judge(
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Generate candidates for each prompt, judge each by the model's logits, and pick the best.
