@@ -10,7 +10,7 @@ from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.labels import log_sum
 from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
-from alpaca_core.spec import YES_NO, Label, Sampling, TemplateName, Value
+from alpaca_core.spec import SEEDS, YES_NO, Label, Sampling, TemplateName, Value
 
 MOST_SAMPLES = 10_000
 """Responses that ``sampled`` draws for one text."""
@@ -136,7 +136,7 @@ def _check_settings(min_coverage: object, reads_logits: bool, method: object, sa
         raise InvalidRequest(f"method is 'logits' or 'sampled', but got {method!r:.80}. Name one of them.")
     if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
         raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {brief(samples)}. Use 10 to 100.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
         raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {brief(seed)}. Use 0.")
     if method == "sampled" and reads_logits:
         raise InvalidRequest(

@@ -162,6 +162,13 @@ _PRESETS: dict[str, dict[str, str]] = {
 }
 
 
+MOST_NEW_TOKENS = 1_000_000
+"""Tokens of one response; the model's context is the limit that counts."""
+
+SEEDS = 2**64
+"""Seeds are whole numbers from 0 up to below this."""
+
+
 class Sampling(Value):
     """How the next token is chosen. None means unset; what would have no effect is refused.
 
@@ -189,8 +196,8 @@ class Sampling(Value):
     top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
     top_p: float | None = Field(default=None, gt=0.0, lt=1.0, description="Keep the likeliest tokens up to this mass.")
     num_beams: int = Field(default=1, ge=1, le=64, description="Beams kept side by side; 1 is no beam search.")
-    max_new_tokens: int = Field(default=256, ge=1, le=1_000_000, description="Most tokens of one response.")
-    seed: int = Field(default=0, ge=0, lt=2**64, description="Same seed, prompt and sample index: same tokens.")
+    max_new_tokens: int = Field(default=256, ge=1, le=MOST_NEW_TOKENS, description="Most tokens of one response.")
+    seed: int = Field(default=0, ge=0, lt=SEEDS, description="Same seed, prompt and sample index: same tokens.")
 
     @model_validator(mode="after")
     def _effective(self) -> Self:

@@ -15,7 +15,7 @@ from alpaca_core.rows import column
 from alpaca_core.spec import GREEDY, OptionalText
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.judging import calibrated_by, saved_calibration
-from prefect_alpaca.flows.options import check_gold, label_name, label_of
+from prefect_alpaca.flows.options import Choices, check_gold, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, sections, table
 from prefect_alpaca.flows.terminal import printable, savings
 from prefect_alpaca.tasks import Json
@@ -32,7 +32,7 @@ def cascade_texts(
         "The keeper saved two penalties, and the cup goes to the second division.",
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    labels: Choices = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: OptionalText = "Classify this headline.",
     show_labels: bool | None = False,
     margin: Annotated[float, Field(ge=0, le=1)] = 0.2,

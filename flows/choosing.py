@@ -13,7 +13,7 @@ from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.rows import map_rows
 from alpaca_core.spec import OptionalText, Value
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.options import Choices, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
@@ -47,7 +47,7 @@ def generate_and_judge(
         "Write one sentence that invites people to visit an alpaca farm."
     ],
     instruction: str = "Is this a friendly invitation?",
-    labels: Annotated[list[str], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
+    labels: Choices = ["Yes", "No"],  # noqa: B006
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),

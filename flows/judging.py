@@ -12,9 +12,9 @@ from alpaca_core import Calibration, Judgment, ModelSpec, Policy, RowError, prom
 from alpaca_core.errors import AlpacaError
 from alpaca_core.judging import MOST_SAMPLES, Method
 from alpaca_core.model import DEFAULT_ADAPTER
-from alpaca_core.spec import OptionalText, TemplateName
+from alpaca_core.spec import SEEDS, OptionalText, TemplateName
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.options import Choices, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
 from prefect_alpaca.flows.review import ask_person, leave_review, saved_policy
 from prefect_alpaca.flows.routing import Routed, route, statement
@@ -38,7 +38,7 @@ def judge_texts(
         "The keeper saved two penalties, and the cup goes to the second division.",
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    labels: Choices = ["World", "Sports", "Business", "Technology"],  # noqa: B006
     instruction: OptionalText = "Classify this headline.",
     show_labels: bool | None = False,
     letters: bool = False,
@@ -47,7 +47,7 @@ def judge_texts(
     calibration: OptionalText = None,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10,
-    seed: Annotated[int, Field(ge=0)] = 0,
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0,
     policy: OptionalText = None,
     ask_a_person: bool = False,
     ask_timeout: Annotated[int, Field(ge=1)] = 3600,
@@ -125,7 +125,7 @@ def classify_texts(
         "How many euros do I get for a dollar?",
         "Somebody took my wallet with the card in it.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = [  # noqa: B006
+    labels: Choices = [  # noqa: B006
         "card delivery",
         "lost or stolen card",
         "exchange rate",
