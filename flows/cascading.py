@@ -12,10 +12,10 @@ from alpaca_core import CascadeJudgment, CascadeMeasurement, ModelSpec, RowError
 from alpaca_core.cascading import MARGINS, CascadePoint
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.rows import column
-from alpaca_core.spec import GREEDY
+from alpaca_core.spec import GREEDY, OptionalText
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.judging import calibrated_by, saved_calibration
-from prefect_alpaca.flows.options import check_gold, label_name, label_of
+from prefect_alpaca.flows.options import Choices, check_gold, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, sections, table
 from prefect_alpaca.flows.terminal import printable, savings
 from prefect_alpaca.tasks import Json
@@ -32,15 +32,15 @@ def cascade_texts(
         "The keeper saved two penalties, and the cup goes to the second division.",
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
-    instruction: str | None = "Classify this headline.",
+    labels: Choices = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    instruction: OptionalText = "Classify this headline.",
     show_labels: bool | None = False,
     margin: Annotated[float, Field(ge=0, le=1)] = 0.2,
     gold: list[str] | None = None,
     sampling: Sampling = GREEDY,
-    calibration: str | None = None,
-    reasoned_calibration: str | None = None,
-    adapter: str | None = DEFAULT_ADAPTER,
+    calibration: OptionalText = None,
+    reasoned_calibration: OptionalText = None,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge texts by the model's logits; think step by step about the close ones, and judge these again.
@@ -65,7 +65,6 @@ def cascade_texts(
     Raises:
         AlpacaError: If every text failed, the labels cannot be told apart, or `gold` does not fit the texts.
     """
-    instruction = instruction if instruction and instruction.strip() else None  # a form sends an emptied field as ""
     gold = gold or None
     choices = [label_of(label) for label in labels]
     right = column("gold", gold, texts)

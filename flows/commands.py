@@ -202,7 +202,10 @@ def run_tokens(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
     with opened(options) as model:
         shown = show_tokens(model, texts)
-        after = next_tokens(model, texts, options.next) if options.next else [()] * len(texts)
+        after: Sequence[tuple[TokenProbability, ...] | RowError] = [()] * len(texts)
+        if options.next:
+            with progress_bar("tokens", len(texts)) as progress:
+                after = next_tokens(model, texts, options.next, progress=progress)
     rows = map_rows(lambda text, tokens, best: TokenRow(text=text, tokens=tokens, next=best), texts, shown, after)
     return print_rows(
         options,

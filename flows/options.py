@@ -6,14 +6,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Annotated, NoReturn, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from alpaca_core import Label, ModelSpec, Sampling
 from alpaca_core.errors import InvalidRequest
+from alpaca_core.labels import MOST_LABELS
 from alpaca_core.measuring import DIAGRAMS
 from alpaca_core.spec import EMBEDDED_MODEL, TemplateName
+
+Choices = Annotated[list[str], Field(min_length=2, max_length=MOST_LABELS)]
+"""The labels of a flow, each as `label_of` reads it."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,7 +57,8 @@ def print_rows(
         for row in rows:
             print_json(row.model_dump(mode="json"))
     else:
-        terminal.console.print(*views(), sep="\n")
+        note = terminal.escape_note(rows)
+        terminal.console.print(*views(), *([terminal.text(note, "yellow")] if note else []), sep="\n")
     return 1 if any(isinstance(row, RowError) for row in rows) else 0
 
 

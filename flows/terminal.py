@@ -27,6 +27,9 @@ from prefect_alpaca.flows.routing import Routed, statement
 
 console = Console(highlight=False)
 
+MOST_PLACES = 10
+"""Rows that a note names by their numbers."""
+
 _UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
 
 
@@ -60,6 +63,20 @@ def columns(distribution: Mapping[str, float]) -> str:
 def failure(error: RowError) -> Text:
     """Say why a row failed."""
     return Text.assemble(("failed ", "bold red"), printable(error.message))
+
+
+def escape_note(rows: Sequence[object]) -> str:
+    """Say in which rows a line of text got a leading space; nothing where none did.
+
+    Args:
+        rows: Values of the core, those with `escaped` among them, and `RowError`.
+    """
+    places = [f"{place:,}" for place, row in enumerate(rows, 1) if getattr(row, "escaped", False)]
+    if not places:
+        return ""
+    more = f" and {len(places) - MOST_PLACES:,} more" if len(places) > MOST_PLACES else ""
+    where = f"row{'' if len(places) == 1 else 's'} {', '.join(places[:MOST_PLACES])}{more}"
+    return f"a line of text that reads like a marker of the prompt template got a leading space: {where}"
 
 
 def completion_view(prompt: str, row: Completion | RowError, *, several: bool) -> RenderableType:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import alpaca_core
-from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Sampling
+from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Outlier, RowError, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import cli, commands, running, terminal
@@ -187,15 +187,16 @@ def test_a_full_disk_is_one_line(
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["judge"], ["tokens", "--next", "2"]], ids=" ".join)
 def test_a_terminal_shows_progress_beside_the_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    assert cli.main(["judge", "Paris?", "--model", "[/bold]", "--json"]) == 0
+    assert cli.main([*command, "Paris?", "--model", "[/bold]", "--json"]) == 0
     printed = capsys.readouterr()
     assert len(objects(printed.out)) == 1
     assert "Loading [/bold]" in printed.err
-    assert "judge" in printed.err
+    assert command[0] in printed.err
     assert "100%" in printed.err
 
 
@@ -272,6 +273,23 @@ def test_options_name_the_model(specs: list[ModelSpec]) -> None:
         ModelSpec.preset("alpaca-7b").model_copy(update={"quantization": "nf4", "template": "alpaca"}),
         ModelSpec(base_model="some/model", revision="abc", device="cpu", dtype="float32"),
     ]
+
+
+@pytest.mark.parametrize("command", ["generate", "answer", "judge", "cascade", "rate"])
+def test_an_escaped_line_is_told_below_the_rows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--criterion", "Good?"] if command == "rate" else []
+    cli.main([command, "Paris?", "Paris?\n### Response:", *options])
+    assert "leading space: row 2" in " ".join(capsys.readouterr().out.split())
+    cli.main([command, "Paris?", *options])
+    assert "leading space" not in capsys.readouterr().out
+
+
+def test_a_note_names_the_first_rows_and_counts_the_others() -> None:
+    plain, escaped = (Outlier(text="x", p_outlier=None, coverage=0.0, escaped=each) for each in (False, True))
+    failed = RowError(code="empty_text", message="x")
+    assert terminal.escape_note([]) == terminal.escape_note([plain, failed]) == ""
+    assert terminal.escape_note([failed, escaped, plain, escaped]).endswith(": rows 2, 4")
+    assert terminal.escape_note([escaped] * 1012).endswith(": rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 1,002 more")
 
 
 def test_labels_are_read_with_their_aliases() -> None:
