@@ -5,6 +5,7 @@ import doctest
 import importlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 import alpaca_core
 from alpaca_core import LanguageModel, ModelSpec
+from prefect_alpaca.flows import cli
 from prefect_alpaca.tasks import use_model
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,31 @@ def test_the_readmes_programs_run_on_the_embedded_model(
     assert 0 < float(coverage) <= 1
     assert len(labels) == 2
     assert set(labels) <= {"billing", "card lost", "card not working", "review"}
+
+
+def test_the_notebooks_page_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", page)
+    assert len(named) == page.count("`tests/")
+    gone = [name for path, name in named if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")]
+    assert gone == []
+
+
+def test_the_notebooks_page_names_verbs_that_exist() -> None:
+    page = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    assert named <= set(alpaca_core.__all__)
+    assert {"generate", "describe_tokens", "chain_of_thought", "verify", "judge"} <= named
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/notebook.md"])
+def test_command_lines_are_ones_that_the_program_reads(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"(?:^|`)(alpaca [a-z-]+(?: [^`\n]+)?)", page, re.MULTILINE)
+    assert len(lines) >= 10
+    for line in lines:
+        assert cli._parser().parse_args(shlex.split(line, comments=True)[1:]).run, line
 
 
 @pytest.mark.end_to_end
