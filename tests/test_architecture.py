@@ -52,7 +52,6 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.sampling",
     "alpaca_core.engines.noise",
     "alpaca_core.engines.batching",
-    "alpaca_core.engines.heads",
     "alpaca_core.engines.weights",
     "alpaca_core.engines.pickles",
     "alpaca_core.engines.lora",

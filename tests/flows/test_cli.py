@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import alpaca_core
-from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Outlier, RowError, Sampling
+from alpaca_core import Calibration, Label, LanguageModel, ModelSpec, Sampling
 from alpaca_core.errors import ModelNotFound
 from alpaca_core.testing import FakeModel
 from prefect_alpaca.flows import cli, commands, running, terminal
@@ -282,14 +282,6 @@ def test_an_escaped_line_is_told_below_the_rows(command: str, capsys: pytest.Cap
     assert "leading space: row 2" in " ".join(capsys.readouterr().out.split())
     cli.main([command, "Paris?", *options])
     assert "leading space" not in capsys.readouterr().out
-
-
-def test_a_note_names_the_first_rows_and_counts_the_others() -> None:
-    plain, escaped = (Outlier(text="x", p_outlier=None, coverage=0.0, escaped=each) for each in (False, True))
-    failed = RowError(code="empty_text", message="x")
-    assert terminal.escape_note([]) == terminal.escape_note([plain, failed]) == ""
-    assert terminal.escape_note([failed, escaped, plain, escaped]).endswith(": rows 2, 4")
-    assert terminal.escape_note([escaped] * 1012).endswith(": rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 1,002 more")
 
 
 def test_labels_are_read_with_their_aliases() -> None:
