@@ -50,6 +50,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.decoding",
     "alpaca_core.engines.beams",
     "alpaca_core.engines.sampling",
+    "alpaca_core.engines.heads",
     "alpaca_core.engines.noise",
     "alpaca_core.engines.batching",
     "alpaca_core.engines.weights",
