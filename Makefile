@@ -1,6 +1,6 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format wheel screenshots bench-judge bench-peers clean
+.PHONY: help install demo test check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -35,6 +35,9 @@ wheel: .venv/installed ## build dist/prefect_alpaca-*.whl
 screenshots: .venv/installed ## photograph the Prefect UI into docs/images (needs chromium)
 	$(PIP_INSTALL) --quiet --editable '.[screenshots]'
 	$(BIN)/python docs/screenshots.py
+
+bench: .venv/installed ## measure the engine beside transformers, small, on the embedded model
+	$(BIN)/python bench/engine.py --rows 16 --tokens 32 --judged 32 --out engine.json
 
 bench-judge: .venv/installed ## measure the judge on labelled sets: make bench-judge DATA=FOLDER
 	$(BIN)/python bench/judging.py --data '$(DATA)' --out figures.json

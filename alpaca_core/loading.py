@@ -41,11 +41,14 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
     """
     spec = _checked(spec)
     started = time.perf_counter()  # importing torch is part of what a user waits for
+    from alpaca_core.engines.llama import runs
+    from alpaca_core.engines.native import NativeModel
     from alpaca_core.engines.transformers import TransformersModel
     from alpaca_core.engines.weights import load_weights
 
     loaded = load_weights(spec, started)
-    model = TransformersModel(loaded.network, loaded.tokenizer, loaded.info, batch_size=spec.batch_size)
+    engine = NativeModel if runs(loaded.network) else TransformersModel
+    model = engine(loaded.network, loaded.tokenizer, loaded.info, batch_size=spec.batch_size)
     del loaded
     try:
         yield model

@@ -3,7 +3,7 @@
 Everything else in `alpaca_core` is written on `LanguageModel.generate` and `LanguageModel.loglikelihood`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, get_args
@@ -72,7 +72,8 @@ class ModelInfo(Value):
     `digest` covers everything that can change a result, versions of libraries aside: base weights,
     tokenizer, adapters and their templates, quantization, dtype, merging. `memory_gib` is what the
     weights take on their device, in GiB; `load_seconds` the load, imports included.
-    `rows_independent` says whether a row's result is the same in any company, bit for bit.
+    `rows_independent` says whether a row's result is the same in any company, bit for bit; beams aside. On a
+    GPU that holds for one `shape`, rows of a decode step by tokens of a pass over prompts, which `digest` covers.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ModelInfo(Value):
     adapters: tuple[AdapterInfo, ...] = ()
     revision: str | None = None
     rows_independent: bool = False
+    shape: str = ""
     memory_gib: float = 0.0
     load_seconds: float = 0.0
 
@@ -135,6 +137,19 @@ class Trie:
     def depths(self) -> tuple[int, ...]:
         """Depth of each node; a node right after the prompt has depth 1."""
         return self._depths
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the prompt's end to `node`, which comes last."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def paths(self, nodes: Collection[int]) -> list[list[int]]:
+        """Paths that together hold `nodes`, with all their ancestors, and of which none is part of another."""
+        above = {self.parents[node] for node in nodes}
+        return [self.path(node) for node in sorted(nodes) if node not in above]
 
     @cached_property
     def _depths(self) -> tuple[int, ...]:

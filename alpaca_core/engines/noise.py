@@ -62,12 +62,12 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def uniform(keys: Tensor, position: int, size: int) -> Tensor:
+def uniform(keys: Tensor, position: int | Tensor, size: int) -> Tensor:
     """Draw numbers between 0 and 1, never 0 and never 1.
 
     Args:
         keys: Row keys, of shape ``(rows, 4)``, int64.
-        position: Tokens that the responses hold so far.
+        position: Tokens that the responses hold so far; one number, or one for each row.
         size: Numbers a row: the vocabulary, once for each of its beams.
 
     Returns:
@@ -75,11 +75,12 @@ def uniform(keys: Tensor, position: int, size: int) -> Tensor:
     """
     k0, k1, name0, name1 = keys[:, :, None].unbind(1)  # each (rows, 1)
     block = torch.arange((size + 3) // 4, device=keys.device)
-    words = philox((block, torch.full_like(k0, position), name0, name1), (k0, k1))
+    so_far = position[:, None] if isinstance(position, Tensor) else torch.full_like(k0, position)
+    words = philox((block, so_far, name0, name1), (k0, k1))
     return (torch.stack(words, dim=-1).flatten(1)[:, :size].double() + 0.5) * 2.0**-32
 
 
-def gumbel(keys: Tensor, position: int, size: int) -> Tensor:
+def gumbel(keys: Tensor, position: int | Tensor, size: int) -> Tensor:
     """Draw standard Gumbel noise; arguments and shape as in `uniform`.
 
     Scores plus Gumbel noise are largest at token ``i`` with the softmax probability of ``i``, and their

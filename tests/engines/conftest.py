@@ -1,6 +1,7 @@
 """Tiny random models: two LLaMA layers with grouped queries, in float32 on the CPU."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alpaca_core.engines.llama import runs
+from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.model import AdapterInfo, ModelInfo
 from alpaca_core.tokenizer import Tokenizer
@@ -91,25 +94,41 @@ def add_adapters() -> Callable[..., Any]:
     return add
 
 
-@pytest.fixture(scope="session")
-def make_model(tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
-    """Wrap a network as a `LanguageModel`."""
+@pytest.fixture(scope="session", params=["native", "transformers"])
+def make_model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
+    """Wrap a network as a `LanguageModel`, on each engine; on the second alone where the first does not run it."""
 
-    def make(
-        network: Any, adapters: Sequence[str] = (), eos_ids: Sequence[int] = (257,), batch_size: int = 8
-    ) -> TransformersModel:
-        info = ModelInfo(
-            name="tiny",
-            digest="0" * 64,
-            engine="transformers",
-            device="cpu",
-            dtype="float32",
-            quantization="none",
-            context_length=network.config.max_position_embeddings,
-            vocab_size=network.config.vocab_size,
-            eos_ids=tuple(eos_ids),
-            adapters=tuple(AdapterInfo(name=name, source="test", digest=name) for name in adapters),
-        )
-        return TransformersModel(network, tokenizer, info, batch_size)
+    def make(network: Any, *args: Any, **settings: Any) -> TransformersModel:
+        engine = NativeModel if request.param == "native" and runs(network) else TransformersModel
+        return wrapped(engine, tokenizer, network, *args, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_transformers(tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
+    """Wrap a network as a `LanguageModel` that calls it as a whole, so that hooks see the calls."""
+    return partial(wrapped, TransformersModel, tokenizer)
+
+
+def wrapped(
+    engine: type[TransformersModel],
+    tokenizer: Tokenizer,
+    network: Any,
+    adapters: Sequence[str] = (),
+    eos_ids: Sequence[int] = (257,),
+    batch_size: int = 8,
+) -> TransformersModel:
+    info = ModelInfo(
+        name="tiny",
+        digest="0" * 64,
+        engine="transformers",
+        device="cpu",
+        dtype="float32",
+        quantization="none",
+        context_length=network.config.max_position_embeddings,
+        vocab_size=network.config.vocab_size,
+        eos_ids=tuple(eos_ids),
+        adapters=tuple(AdapterInfo(name=name, source="test", digest=name) for name in adapters),
+    )
+    return engine(network, tokenizer, info, batch_size)

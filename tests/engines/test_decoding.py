@@ -108,13 +108,15 @@ def test_a_last_token_that_ends_the_response_is_a_stop(
     assert found[1].token_ids == before
 
 
-def test_rows_come_out_as_soon_as_they_end(make_network: Callable[..., Any], make_model: Callable[..., Any]) -> None:
+def test_rows_come_out_as_soon_as_they_end(
+    make_network: Callable[..., Any], make_transformers: Callable[..., Any]
+) -> None:
     network = make_network()
     steps: list[int] = []
     network.register_forward_pre_hook(lambda *_: steps.append(1))
     lengths = [9, 2, 30, 5]
     rows = [GenerateRow((1, 2, place), Sampling(max_new_tokens=length)) for place, length in enumerate(lengths)]
-    seen = [(place, len(steps)) for place, _ in make_model(network, eos_ids=()).generate(rows)]
+    seen = [(place, len(steps)) for place, _ in make_transformers(network, eos_ids=()).generate(rows)]
     assert seen == [(1, 2), (3, 5), (0, 9), (2, 30)]
 
 

@@ -110,7 +110,7 @@ def test_the_whole_vocabulary_as_leaves_is_the_next_token_table(
 
 
 def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
-    make_network: Callable[..., Any], make_model: Callable[..., Any]
+    make_network: Callable[..., Any], make_transformers: Callable[..., Any]
 ) -> None:
     network = make_network(VOCAB)
     lengths: list[int] = []
@@ -119,7 +119,7 @@ def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     network.lm_head.register_forward_hook(lambda _, args, output: heads.append(output.numel() // VOCAB))
-    model = make_model(network)
+    model = make_transformers(network)
     prompt = (1, 2, 3, 4, 5)
     list(model.loglikelihood([ScoreRow(prompt, Trie.of([[1], [2]])[0])] * 2))
     assert (lengths, heads) == ([5], [2])  # logits of the last position alone

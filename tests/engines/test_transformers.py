@@ -76,11 +76,13 @@ def test_two_threads_use_different_adapters_at_once(
             assert_same(found, expected[name])
 
 
-def test_closing_the_iterator_stops_the_work(make_network: Callable[..., Any], make_model: Callable[..., Any]) -> None:
+def test_closing_the_iterator_stops_the_work(
+    make_network: Callable[..., Any], make_transformers: Callable[..., Any]
+) -> None:
     network = make_network()
     steps: list[int] = []
     network.register_forward_pre_hook(lambda *_: steps.append(1))
-    model = make_model(network, eos_ids=(), batch_size=2)
+    model = make_transformers(network, eos_ids=(), batch_size=2)
     generating = model.generate([GenerateRow((1,), Sampling(max_new_tokens=3))] * 20)
     next(generating)
     generating.close()

@@ -1,0 +1,172 @@
+"""The forward pass of LLaMA's family over a flat list of tokens and a paged key-value cache.
+
+Weights are those of a network that transformers loaded, fused where layers read the same input. What lies
+between the matrix products is `eager`, or `kernels` on CUDA.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import embedding
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from alpaca_core.engines import eager
+from alpaca_core.engines.packing import TILE, Packed
+from alpaca_core.engines.projections import Projection
+
+_FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
+_LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def runs(network: PreTrainedModel | PeftModel) -> bool:
+    """Say whether `Llama` computes what this network computes.
+
+    Not so for other families, other positions than fixed rotary ones, attention that is not causal in all
+    layers within the context, weights on several devices or away until used, adapters of the embedding or
+    the head, and float32 on a GPU, where the kernels' products would round to TF32.
+    """
+    base: Any = network.base_model.model if isinstance(network, PeftModel) else network
+    if type(base) not in _FAMILIES:
+        return False
+    rope = getattr(base.config, "rope_parameters", None) or {}
+    width = base.model.layers[0].self_attn.head_dim
+    modules = dict(base.named_modules())
+    layers = [module for name, module in modules.items() if name.endswith(_PROJECTIONS)]
+    plain = [getattr(module, "base_layer", module) for module in layers]
+    wrapped = [name for name, module in modules.items() if hasattr(module, "base_layer")]
+    return (
+        rope.get("rope_type", "default") in {"default", "linear", "llama3", "yarn"}
+        and base.config.hidden_act == "silu"
+        and width & (width - 1) == 0
+        and width >= 8
+        and {type(module).__name__ for module in plain} <= _LINEAR
+        and all(name.endswith(_PROJECTIONS) for name in wrapped)
+        and not any(hasattr(module, "_hf_hook") for module in modules.values())
+        and len({parameter.device for parameter in base.parameters()}) == 1
+        and not (base.device.type == "cuda" and base.dtype == torch.float32)
+        and not any(getattr(module, "use_dora", {}).get(name) for module in layers for name in _names(network))
+    )
+
+
+def _names(network: PreTrainedModel | PeftModel) -> list[str]:
+    return list(network.peft_config) if isinstance(network, PeftModel) else []
+
+
+class _Layer:
+    """Weights of one layer."""
+
+    def __init__(self, layer: Any, names: list[str]) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before_attention: Tensor = layer.input_layernorm.weight
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names)
+        self.out = Projection([attention.o_proj], names)
+        self.before_mlp: Tensor = layer.post_attention_layernorm.weight
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], names)
+        self.down = Projection([mlp.down_proj], names)
+
+
+class Llama:
+    """A network's weights, and two ways to run them: over tiles of text, and over one new token of each row.
+
+    A token's result depends on the tokens that it sees, on its adapter, on the way it is run, and on a GPU on
+    the number of tokens in the pass: not on its place in the pass, nor on what else the pass reads.
+
+    Args:
+        network: One that `runs` accepts. Its layers keep views of the fused weights, so it still works.
+    """
+
+    def __init__(self, network: PreTrainedModel | PeftModel) -> None:
+        base: Any = network.base_model.model if isinstance(network, PeftModel) else network
+        names = _names(network)
+        config = base.config
+        body = base.model
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.width: int = body.layers[0].self_attn.head_dim
+        self.eps: float = config.rms_norm_eps
+        self.embedding: Tensor = body.embed_tokens.weight
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.norm: Tensor = body.norm.weight
+        self.head = Projection([base.lm_head])
+        self.layers = [_Layer(layer, names) for layer in body.layers]
+        # transformers' own module, so that scaled positions are scaled as the family does it
+        places = torch.arange(config.max_position_embeddings, device=self.device)
+        cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
+        self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
+        self.operations: ModuleType = _operations(self.device)
+
+    def new_cache(self, pages: int) -> Tensor:
+        """Make a cache, ``(layers, keys and values, pages, 32, key heads, width)``."""
+        shape = (len(self.layers), 2, pages, TILE, self.kv_heads, self.width)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def read(self, packed: Packed, cache: Tensor, *, every: bool) -> Tensor:
+        """Read tiles, and store their keys and values.
+
+        Args:
+            packed: The tiles, in a multiple of 16 tokens.
+            cache: As `new_cache` made it; written.
+            every: Whether states are wanted of all tokens, or of the last one of each tile.
+
+        Returns:
+            The last states, normalized: ``(N, width)``, or ``(len(packed.ends), width)``.
+        """
+        ops = self.operations
+        x, adapters = embedding(packed.ids, self.embedding), packed.adapters
+        for place, layer in enumerate(self.layers):
+            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
+            keys, values = cache[place]
+            attended = ops.read_tiles(qkv, keys, values, self.cos, self.sin, packed, self.heads)
+            if not every and place == len(self.layers) - 1:  # behind the last cache nothing else is looked at
+                x, attended, adapters = x[packed.ends], attended[packed.ends], adapters[packed.ends]
+            x = self._rest(layer, x, attended, adapters)
+        return ops.norm(x, self.norm, self.eps)  # type: ignore[no-any-return]
+
+    def step(
+        self, tokens: Tensor, lengths: Tensor, table: Tensor, adapters: Tensor, cache: Tensor, longest: int
+    ) -> Tensor:
+        """Read one token of each row.
+
+        Args:
+            tokens: ``(N,)``; on the CPU a multiple of 16.
+            lengths: Tokens of each row before this one.
+            table: Pages of each row, ``(N, pages)``, with one for the new token.
+            adapters: Number of each row's adapter, -1 for none.
+            cache: Written.
+            longest: No row has more tokens.
+
+        Returns:
+            Float32 logits, ``(N, vocab)``.
+        """
+        ops = self.operations
+        x = embedding(tokens, self.embedding)
+        for place, layer in enumerate(self.layers):
+            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
+            keys, values = cache[place]
+            attended = ops.step(qkv, keys, values, self.cos, self.sin, lengths, table, self.heads, longest)
+            x = self._rest(layer, x, attended, adapters)
+        return self.logits(ops.norm(x, self.norm, self.eps))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the float32 logits of normalized states, ``(N, vocab)``; on the CPU N is a multiple of 16."""
+        return self.head(states).float()
+
+    def _rest(self, layer: _Layer, x: Tensor, attended: Tensor, adapters: Tensor) -> Tensor:
+        """What follows attention in a layer; `x` is written."""
+        x = layer.out(attended, adapters, add_to=x)
+        both = layer.gate_up(self.operations.norm(x, layer.before_mlp, self.eps), adapters)
+        return layer.down(self.operations.silu_mul(both), adapters, add_to=x)
+
+
+def _operations(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        try:
+            from alpaca_core.engines import kernels
+        except ImportError:  # no Triton for this platform
+            return eager
+        return kernels
+    return eager

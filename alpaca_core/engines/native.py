@@ -1,0 +1,156 @@
+"""`LanguageModel` on our own forward pass: the rows' results are the same in any company, bit for bit."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.memory import Memory
+from alpaca_core.engines.reading import Reader
+from alpaca_core.engines.running import Runner, outcomes
+from alpaca_core.engines.shapes import Shape
+from alpaca_core.engines.transformers import TransformersModel
+from alpaca_core.errors import InvalidRequest, NotEnoughMemory, RowRejected
+from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
+from alpaca_core.spec import digest_of
+from alpaca_core.tokenizer import Tokenizer
+
+_GPU_TOKENS = 4096
+"""Tokens of a pass over prompts on a GPU, where more are no faster."""
+_CPU_TOKENS = 256
+_ATTEMPTS = 8
+
+_Found = TypeVar("_Found")
+
+
+class NativeModel(TransformersModel):
+    """A loaded network of LLaMA's family, run by `Llama`; rows with beams go through the network itself.
+
+    Callers in several threads share passes: whoever waits for a row takes the next step for all.
+
+    Args:
+        network: One that `llama.runs` accepts.
+        tokenizer: The model's.
+        info: What the model is.
+        batch_size: Rows that a decode step computes.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int = 32
+    ) -> None:
+        super().__init__(network, tokenizer, info, batch_size)
+        fixed = self._device.type == "cuda"
+        tokens = min(_GPU_TOKENS, max(64, 64 * batch_size)) if fixed else _CPU_TOKENS
+        shape = Shape(batch_size, tokens, fixed)
+        told: dict[str, object] = {"engine": "native", "rows_independent": True}
+        if fixed:
+            sizes = f"{shape.slots}x{shape.tokens}"
+            told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
+        self.info = info.model_copy(update=told)
+        with torch.no_grad():
+            self._llama: Llama | None = Llama(network)
+            self._memory = Memory(self._llama)
+            self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
+        self._shape = shape
+        self._failures = 0  # one after the other
+        self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
+
+    def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
+        """Generate one response for each row; each comes out as soon as it has ended."""
+        ready, beams = [], []
+        for index, row in enumerate(rows):
+            try:
+                self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
+                number = self._number(row)
+            except RowRejected as rejection:
+                yield index, RowError.of(rejection)
+                continue
+            if row.sampling.num_beams > 1:
+                beams.append(index)
+            else:
+                ready.append((index, row, number))
+        with self._lock:
+            runner = self._open()
+            request = runner.submit(ready)
+        try:
+            while request.left or request.ended:
+                with self._lock:
+                    if not request.ended:
+                        self._attempt(self._open().advance)
+                for index, outcome in outcomes(request):
+                    yield index, self._completion(rows[index], outcome)
+        finally:
+            with self._lock:
+                runner.cancel(request)
+        for place, completion in super().generate([rows[index] for index in beams]):
+            yield beams[place], completion
+
+    def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
+        """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
+        ready = []
+        for index, row in enumerate(rows):
+            trie = row.continuations
+            try:
+                self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
+                ready.append((index, row, self._number(row)))
+            except RowRejected as rejection:
+                yield index, RowError.of(rejection)
+        self._open()
+        assert self._llama is not None
+        reader = Reader(self._llama, self._memory, self._shape, ready)
+        try:
+            while not reader.done:
+                with self._lock:
+                    self._open()
+                    ended = self._attempt(reader.advance)
+                for index, outcome in ended or ():
+                    yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
+        finally:
+            with self._lock:
+                reader.release()
+
+    def close(self) -> None:
+        """Free the memory of weights and cache. Iterators that are still open raise at their next step."""
+        with self._lock:
+            if self._llama is not None:
+                self._llama = None
+                self._memory.close()
+                self._runner.close()
+                del self._memory, self._runner
+        super().close()
+
+    def _attempt(self, advance: Callable[[], _Found]) -> _Found | None:
+        """Take a step; where memory is short give back what is spare, and let the caller try again.
+
+        Raises:
+            NotEnoughMemory: After several attempts one after the other.
+        """
+        try:
+            found = advance()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._failures += 1
+            if self._failures > _ATTEMPTS:
+                raise NotEnoughMemory(
+                    f"{self.info.device} has no memory for a step of {self._shape.slots} rows and passes of "
+                    f"{self._shape.tokens:,} tokens. Lower batch_size, or load the model in fewer bits."
+                ) from error
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            return None
+        self._failures = 0
+        return found
+
+    def _open(self) -> Runner:
+        if self._llama is None:
+            raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
+        return self._runner
+
+    def _number(self, row: GenerateRow | ScoreRow) -> int:
+        """Number of the row's adapter; -1 is the bare base."""
+        name = self._adapter(row)
+        return -1 if name is None else self._numbers[name]

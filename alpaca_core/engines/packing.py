@@ -1,0 +1,178 @@
+"""Tokens of many rows as one flat list, in tiles: what one forward pass reads.
+
+A tile is up to 32 tokens of one row. They see the row's tokens before the tile, which lie in pages, and
+those of the tile itself that a bit mask names: all up to themselves in a prompt, their ancestors in a
+trie (tree attention, SpecInfer, arXiv 2305.09781, section 4.2). Tiles start at multiples of 32 in their
+row, so a token is computed from the same operands in the same order wherever its tile lies, whatever
+lies beside it, and whoever computed the pages before it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpaca_core.model import Trie
+
+TILE = 32
+"""Tokens of a tile and of a page: the unit in which rows share what they have in common."""
+
+_CAUSAL = tuple((2 << lane) - 1 for lane in range(TILE))
+_ALONE = tuple(1 << lane for lane in range(TILE))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tokens of one row that are read together.
+
+    Args:
+        ids: Tokens, 1 to 32.
+        positions: Their places in the text that they see.
+        sees: For each token the tokens of the tile that it sees, itself among them, as bits.
+        pages: Pages of the row, of which the first `context` tokens are seen by all.
+        context: Tokens before the tile.
+        adapter: Number of the row's adapter; -1 is the bare base.
+        stored: Whether keys and values are kept, in the page after the context's.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    sees: Sequence[int]
+    pages: Sequence[int]
+    context: int
+    adapter: int = -1
+    stored: bool = True
+
+
+def prompt_tiles(ids: Sequence[int], pages: Sequence[int], first: int, adapter: int) -> Iterator[Tile]:
+    """Cut the tokens from `first` on, a multiple of 32, into tiles of plain text."""
+    for start in range(first, len(ids), TILE):
+        part = ids[start : start + TILE]
+        positions = range(start, start + len(part))
+        yield Tile(part, positions, _CAUSAL[: len(part)], pages, start, adapter)
+
+
+def trie_tiles(trie: Trie, pages: Sequence[int], prompt: int, adapter: int) -> Iterator[tuple[Tile, list[int]]]:
+    """Cut the inner nodes of a trie whose paths are at most 32 tokens long into tiles, ancestors repeated.
+
+    Args:
+        trie: Continuations of one prompt.
+        pages: Of the prompt.
+        prompt: Its tokens.
+        adapter: The row's.
+
+    Yields:
+        A tile, and the node that each of its tokens is.
+    """
+    depths = trie.depths()
+    lanes: dict[int, int] = {}
+    masks: list[int] = []
+
+    def tile() -> tuple[Tile, list[int]]:
+        nodes = list(lanes)
+        positions = [prompt - 1 + depths[node] for node in nodes]
+        return Tile([trie.tokens[node] for node in nodes], positions, masks, pages, prompt, adapter, False), nodes
+
+    for node in sorted(set(trie.parents) - {-1}):
+        path = trie.path(node)
+        if sum(each not in lanes for each in path) > TILE - len(lanes):
+            yield tile()
+            lanes, masks = {}, []
+        for each in path:
+            if each not in lanes:
+                above = masks[lanes[trie.parents[each]]] if trie.parents[each] >= 0 else 0
+                masks.append(above | 1 << len(lanes))
+                lanes[each] = len(lanes)
+    if lanes:
+        yield tile()
+
+
+def text_tiles(
+    ids: Sequence[int], pages: Sequence[int], prompt: int, path: Sequence[int], adapter: int
+) -> Iterator[tuple[Tile, list[int]]]:
+    """Cut a prompt and one path of its trie, however long, into tiles of plain text, from the prompt's last tile on.
+
+    Args:
+        ids: Tokens of both.
+        pages: Of both.
+        prompt: Tokens of the prompt.
+        path: The trie's nodes that the tokens behind the prompt are.
+        adapter: The row's.
+
+    Yields:
+        A tile, and the node that each of its last tokens is.
+    """
+    for tile in prompt_tiles(ids, pages, prompt // TILE * TILE, adapter):
+        last = tile.context + len(tile.ids)
+        yield tile, list(path[max(0, tile.context - prompt) : last - prompt])
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Tiles as tensors: ``N`` tokens, spare ones at the end, and ``n`` tiles.
+
+    `places` says where a token's keys and values go, page * 32 + offset; page 0 is read by nobody.
+    `ends` are the last tokens of the tiles. `table` holds the pages of each tile's context.
+    """
+
+    ids: Tensor  # N
+    positions: Tensor  # N
+    places: Tensor  # N
+    adapters: Tensor  # N
+    starts: Tensor  # n
+    counts: Tensor  # n
+    contexts: Tensor  # n
+    sees: Tensor  # n, TILE
+    table: Tensor  # n, pages of the longest context
+    ends: Tensor  # n, padded to `most_ends`
+    depths: tuple[int, ...]  # pages of each tile's context, on the host
+
+
+def pack(tiles: Sequence[Tile], size: int, most_ends: int, device: torch.device) -> Packed:
+    """Put tiles side by side.
+
+    Args:
+        tiles: At most `size` tokens in all.
+        size: Tokens of the pass; what is left is filled up with token 0.
+        most_ends: Length of `ends`; spare ones name token 0.
+        device: Of the tensors.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
+    adapters: list[int] = []
+    starts = []
+    for tile in tiles:
+        starts.append(len(ids))
+        ids += tile.ids
+        positions += tile.positions
+        adapters += [tile.adapter] * len(tile.ids)
+        first = tile.pages[tile.context // TILE] * TILE if tile.stored else 0
+        places += range(first, first + len(tile.ids)) if tile.stored else [0] * len(tile.ids)
+    for column, spare in ((ids, 0), (positions, 0), (places, 0), (adapters, -1)):
+        column += [spare] * (size - len(column))
+    depths = tuple(-(-tile.context // TILE) for tile in tiles)
+    width = max(1, *depths)
+
+    def table(tile: Tile, depth: int) -> list[int]:
+        # a spare entry repeats a page of the row's own: a mask does not stop another row's NaN
+        return [*tile.pages[:depth], *[tile.pages[max(depth - 1, 0)]] * (width - depth)]
+
+    def tensor(values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    ends = [start + len(tile.ids) - 1 for start, tile in zip(starts, tiles, strict=True)]
+    return Packed(
+        ids=tensor(ids, torch.long),
+        positions=tensor(positions),
+        places=tensor(places),
+        adapters=tensor(adapters, torch.long),
+        starts=tensor(starts),
+        counts=tensor([len(tile.ids) for tile in tiles]),
+        contexts=tensor([tile.context for tile in tiles]),
+        sees=tensor([[*tile.sees, *_ALONE[len(tile.ids) :]] for tile in tiles], torch.long).to(torch.int32),
+        table=tensor([table(tile, depth) for tile, depth in zip(tiles, depths, strict=True)]),
+        ends=tensor([*ends, *[0] * (most_ends - len(ends))], torch.long),
+        depths=depths,
+    )

@@ -1,0 +1,161 @@
+"""Matrix products of the forward pass: dense or quantized weights, and LoRA beside them, chosen per row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+_LEAST_INT8 = 32
+"""Rows of an int8 product on a GPU; cuBLAS refuses 16 and fewer."""
+
+
+class _Weights(Protocol):
+    """``(N, in)`` to ``(N, out)``; with a target the result is added to it, in place."""
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor: ...
+
+
+class _Dense:
+    """Plain weights of layers with the same input, in one tensor, of which the layers keep views."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._weight: Tensor = layers[0].weight
+        self._bias: Tensor | None = layers[0].bias
+        if len(layers) > 1:
+            self._weight = torch.cat([layer.weight for layer in layers])
+            parts = self._weight.split([layer.out_features for layer in layers])
+            for layer, part in zip(layers, parts, strict=True):
+                layer.weight.data = part
+            if self._bias is not None:
+                self._bias = torch.cat([layer.bias for layer in layers])
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        if x.device.type == "cuda" and len(x) == 1 and self._bias is None:
+            from alpaca_core.engines.kernels import one_row
+
+            return one_row(x, self._weight, add_to)
+        if add_to is None:
+            return linear(x, self._weight, self._bias)
+        add_to.addmm_(x, self._weight.t())
+        return add_to if self._bias is None else add_to.add_(self._bias)
+
+
+class _Int8:
+    """bitsandbytes' int8 weights at threshold 0, in one tensor, for a GPU.
+
+    Its own modules cast to float16 and call five kernels a product; here it is three, and one for all layers.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._weight = torch.cat([layer.weight.data for layer in layers])
+        self._columns = torch.cat([_scales(layer) for layer in layers])
+        parts = self._weight.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight.data = part
+            if layer.weight.CB is not None:
+                layer.weight.CB = part
+            else:
+                layer.state.CB = part
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        from alpaca_core.engines.kernels import from_int8, to_int8
+
+        turned, rows = to_int8(x)
+        sums = torch._int_mm(pad(turned, (0, 0, 0, max(0, _LEAST_INT8 - len(x)))), self._weight.t())
+        out = x.new_empty(len(x), len(self._weight)) if add_to is None else add_to
+        return from_int8(sums, rows, self._columns, out, add=add_to is not None)
+
+
+def _scales(layer: Any) -> Tensor:
+    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
+
+
+class _Modules:
+    """Layers that are called as they are, one after the other."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+
+    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        y = torch.cat([layer(x) for layer in self._layers], -1)
+        return y if add_to is None else add_to.add_(y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lora:
+    """Low-rank updates of several adapters for one projection, side by side.
+
+    All rows meet all adapters, and what is not theirs is set to zero in between: one small product more
+    whatever the rows' adapters are, and a row's sum has only zeros added to it.
+
+    Args:
+        down: ``(ranks, in)``: the adapters' A, one below the other.
+        up: ``(out, ranks)``: their B, times alpha / r.
+        owners: ``(ranks,)``: which adapter each rank belongs to.
+    """
+
+    down: Tensor
+    up: Tensor
+    owners: Tensor
+
+    def add(self, y: Tensor, x: Tensor, adapters: Tensor) -> Tensor:
+        """Add to `y` what each row's adapter makes of its `x`; `adapters` has their numbers."""
+        inner = linear(x, self.down) * (adapters[:, None] == self.owners)
+        return y.addmm_(inner, self.up.t())
+
+
+class Projection:
+    """One or more linear layers of the same input, as one product where their weights allow it.
+
+    A row's sums come out the same at every place of a product of a fixed number of rows, and on the CPU of any
+    multiple of sixteen (MKL takes other ways for fewer than that). Which numbers come is the caller's promise.
+
+    Args:
+        modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
+        names: PEFT's names of the adapters, by their number.
+    """
+
+    def __init__(self, modules: Sequence[Any], names: Sequence[str] = ()) -> None:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        kinds = {type(base).__name__ for base in bases}
+        on_gpu = bases[0].weight.device.type == "cuda"
+        weights = _Dense if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
+        self._weights: _Weights = weights(bases)
+        self._lora = _beside(modules, names)
+
+    def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
+        """Project ``(N, in)`` to ``(N, out)``; with `add_to` the result is added to that tensor, in place.
+
+        Args:
+            x: The input.
+            adapters: Number of each row's adapter, -1 for none.
+            add_to: What the result is added to.
+        """
+        y = self._weights(x, add_to)
+        return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
+
+
+def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:
+    """The adapters of some layers, each changing its own part of the output."""
+    sizes = [module.out_features for module in modules]
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    owners: list[int] = []
+    for place, module in enumerate(modules):
+        for number, name in enumerate(names):
+            if name not in getattr(module, "lora_A", ()):
+                continue
+            down, up = module.lora_A[name].weight, module.lora_B[name].weight
+            whole = up.new_zeros(sum(sizes), up.shape[1])
+            first = sum(sizes[:place])
+            whole[first : first + sizes[place]] = up * module.scaling[name]
+            downs.append(down)
+            ups.append(whole)
+            owners += [number] * len(down)
+    if not downs:
+        return None
+    return _Lora(torch.cat(downs), torch.cat(ups, 1), torch.tensor(owners, device=downs[0].device))

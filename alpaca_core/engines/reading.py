@@ -1,0 +1,239 @@
+"""Log-probabilities of tries of continuations, over tiles: what prompts share is computed once.
+
+Prompts are read in their alphabetical order, so that those that begin alike follow one another and find the
+pages that they share; only of their last tokens, and of the inner nodes of the tries, are logits made. A
+pass is started before the results of the one before are looked at, so that a GPU does not wait for the host.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.memory import Memory
+from alpaca_core.engines.packing import TILE, Tile, prompt_tiles, text_tiles, trie_tiles
+from alpaca_core.engines.results import Arriving
+from alpaca_core.engines.shapes import Shape
+from alpaca_core.errors import NotEnoughMemory, RowRejected
+from alpaca_core.model import ScoreRow, Trie
+
+_HEADS = 128
+"""States whose logits are made at once on a GPU."""
+_FEW_HEADS = 16
+"""Likewise on the CPU."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A row on its way: `open` counts its tiles whose results have not arrived."""
+
+    index: int
+    row: ScoreRow
+    adapter: int
+    scores: list[float]
+    pages: list[int] = field(default_factory=list)
+    open: int = 0
+    finite: bool = True
+
+
+_Batch = list[tuple[Tile, tuple[_Reading, list[int]]]]
+"""Tiles, whose they are, and the node that each of the last tokens is; -1 is the prompt's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass has found: the scores of edges, and the norms of the logits that they came from."""
+
+    batch: _Batch
+    edges: list[tuple[list[tuple[_Reading, int]], Arriving]]
+    norms: list[tuple[list[_Reading], Arriving]]
+
+    def settle(self) -> Iterator[_Reading]:
+        """Write the scores into their rows; give out the rows that are complete now."""
+        for to, scores in self.edges:
+            for (reading, node), score in zip(to, scores.numbers(), strict=True):
+                reading.scores[node] = score
+                reading.finite &= -torch.inf < score
+        for readings, norms in self.norms:
+            for reading, norm in zip(readings, norms.numbers(), strict=False):
+                reading.finite &= -torch.inf < norm < torch.inf
+        for _, (reading, _) in self.batch:
+            reading.open -= 1
+            if not reading.open:
+                yield reading
+
+
+class Reader:
+    """Scores the rows of one request, pass by pass.
+
+    Args:
+        llama: The weights.
+        memory: The cache.
+        shape: The sizes of passes.
+        rows: Rows that fit the context, each with its index and the number of its adapter.
+    """
+
+    def __init__(self, llama: Llama, memory: Memory, shape: Shape, rows: Sequence[tuple[int, ScoreRow, int]]) -> None:
+        self._llama, self._memory, self._shape, self._rows = llama, memory, shape, rows
+        waiting = [_Reading(index, row, adapter, [0.0] * len(row.continuations.tokens)) for index, row, adapter in rows]
+        self._waiting = deque(sorted(waiting, key=lambda each: (each.adapter, each.row.prompt_ids)))
+        self._nodes: _Batch = []  # tiles of tries whose prompts have been read
+        self._passes: deque[_Pass] = deque()
+        self._held: dict[int, _Reading] = {}
+        self._children: dict[int, dict[int, list[int]]] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have come out."""
+        return not (self._waiting or self._held)
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[int, list[float] | RowRejected]]:
+        """Read the next prompts, and inner nodes when they fill a pass; return the rows that are complete.
+
+        After an error all rows that are not complete are back in line, and their results will be the same.
+        """
+        before = len(self._passes)
+        try:
+            many = sum(len(tile.ids) for tile, _ in self._nodes) >= self._shape.tokens
+            tiles = [] if many else self._prompts()
+            for batch in self._shape.passes(tiles):
+                self._read(batch, every=False)
+            if many or not tiles:
+                nodes, self._nodes = self._nodes, []
+                for batch in self._shape.passes(nodes):
+                    self._read(batch, every=True)
+        except BaseException:
+            self._begin_again()
+            raise
+        keep = len(self._passes) > before and bool(self._waiting or self._nodes)  # one runs while we look at others
+        ended: list[_Reading] = []
+        while len(self._passes) > keep:
+            ended += self._passes.popleft().settle()
+        for reading in ended:
+            del self._held[id(reading)]
+            self._memory.release(reading.pages, spoilt=not reading.finite)
+        return [(reading.index, reading.scores if reading.finite else _not_finite()) for reading in ended]
+
+    def _begin_again(self) -> None:
+        held = list(self._held.values())
+        self.release()
+        self._memory.pages.forget()
+        for reading in reversed(held):
+            reading.pages, reading.open, reading.finite = [], 0, True
+            self._waiting.appendleft(reading)
+
+    def release(self) -> None:
+        """Drop what has been read of the rows that are not complete, and give their pages back."""
+        for reading in self._held.values():
+            self._memory.release(reading.pages)
+        self._held.clear()
+        self._nodes.clear()
+        self._passes.clear()
+
+    def _prompts(self) -> _Batch:
+        """Start rows until a pass is full: the tiles of their prompts; those of their nodes wait."""
+        batch: _Batch = []
+        room = self._shape.tokens
+        self._memory.expect([len(each.row.prompt_ids) for each in islice(self._waiting, 4 * self._shape.most_ends)])
+        while self._waiting:
+            reading = self._waiting[0]
+            prompt = reading.row.prompt_ids
+            left = len(prompt) - self._memory.pages.known(str(reading.adapter), prompt)
+            if batch and (left > room or len(batch) + -(-left // TILE) > self._shape.most_ends):
+                break
+            taken = self._memory.take(reading.adapter, prompt, len(prompt))
+            if taken is None:  # until rows end that hold pages
+                break
+            reading.pages, known = taken
+            inner = self._inner(reading)
+            if inner is None:
+                break
+            self._waiting.popleft()
+            self._held[id(reading)] = reading
+            tiles = list(prompt_tiles(prompt, reading.pages, known, reading.adapter))
+            batch += [(tile, (reading, [-1] if tile is tiles[-1] else [])) for tile in tiles]
+            self._nodes += inner
+            reading.open = len(tiles) + len(inner)
+            room -= left
+        return batch
+
+    def _inner(self, reading: _Reading) -> _Batch | None:
+        """The tiles of a row's inner nodes; None, and the row's pages given back, where pages are short."""
+        trie, prompt = reading.row.continuations, reading.row.prompt_ids
+        inner = set(trie.parents) - {-1}
+        if max((trie.depths()[node] for node in inner), default=0) <= TILE:
+            tiles = trie_tiles(trie, reading.pages, len(prompt), reading.adapter)
+            return [(tile, (reading, nodes)) for tile, nodes in tiles]
+        batch: _Batch = []
+        for path in trie.paths(inner):
+            text = (*prompt, *(trie.tokens[node] for node in path))
+            taken = self._memory.take(reading.adapter, text, len(text))
+            if taken is None:
+                self._memory.release(reading.pages, spoilt=True)
+                if not self._memory.pages.in_use:
+                    raise NotEnoughMemory(
+                        "the labels of one row need more memory for keys and values than is left. "
+                        "Use fewer or shorter ones."
+                    )
+                return None
+            reading.pages += taken[0]
+            for tile, nodes in text_tiles(text, taken[0], len(prompt), path, reading.adapter):
+                batch.append((tile, (reading, nodes)))
+        return batch
+
+    def _read(self, batch: _Batch, *, every: bool) -> None:
+        """Start one pass, and the scores of its nodes' children."""
+        packed = self._shape.pack([tile for tile, _ in batch], self._llama.device)
+        states = self._llama.read(packed, self._memory.cache, every=every)
+        wanted: list[tuple[int, _Reading, int]] = []  # place among the states, whose, which node
+        first = 0
+        for place, (tile, (reading, nodes)) in enumerate(batch):
+            lanes = range(first + len(tile.ids) - len(nodes), first + len(tile.ids)) if every else [place] * len(nodes)
+            wanted += [(lane, reading, node) for lane, node in zip(lanes, nodes, strict=True)]
+            first += len(tile.ids)
+        found = _Pass(batch, [], [])
+        size = _HEADS if self._shape.fixed else _FEW_HEADS
+        for begin in range(0, len(wanted), size):
+            self._score(states, wanted[begin : begin + size], size, found)
+        self._passes.append(found)
+
+    def _score(self, states: Tensor, wanted: Sequence[tuple[int, _Reading, int]], size: int, found: _Pass) -> None:
+        """Score the children of some nodes, by logits of a fixed number of states."""
+        places = [place for place, _, _ in wanted]
+        index = torch.tensor([*places, *places[:1] * (size - len(places))]).to(states.device, non_blocking=True)
+        logits = self._llama.logits(states[index])  # size, V
+        norms = logits.logsumexp(-1)
+        lanes: list[int] = []
+        tokens: list[int] = []
+        to: list[tuple[_Reading, int]] = []
+        for lane, (_, reading, node) in enumerate(wanted):
+            trie = reading.row.continuations
+            children = self._children_of(trie)[node]
+            lanes += [lane] * len(children)
+            tokens += [trie.tokens[child] for child in children]
+            to += [(reading, child) for child in children]
+        lane, token = torch.tensor([lanes, tokens], dtype=torch.long).to(states.device, non_blocking=True)
+        found.edges.append((to, Arriving(logits[lane, token] - norms[lane])))
+        found.norms.append(([reading for _, reading, _ in wanted], Arriving(norms)))
+
+    def _children_of(self, trie: Trie) -> dict[int, list[int]]:
+        """The children of each inner node, and of the prompt's end; made once for rows that share a trie."""
+        if id(trie) not in self._children:
+            children: dict[int, list[int]] = {-1: []}
+            for node, parent in enumerate(trie.parents):
+                children.setdefault(parent, []).append(node)
+            self._children[id(trie)] = children
+        return self._children[id(trie)]
+
+
+def _not_finite() -> RowRejected:
+    return RowRejected(
+        "not_finite",
+        "logits must be finite, but this row's hold NaN or infinity. "
+        "Check the weights and the adapter, or load the model in bfloat16 or float32.",
+    )

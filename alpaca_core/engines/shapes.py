@@ -1,0 +1,56 @@
+"""How many tokens and rows a pass computes: on a GPU always the same numbers, since others change last bits."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from alpaca_core.engines.packing import Packed, Tile, pack
+
+_Item = TypeVar("_Item")
+_SIXTEEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of passes.
+
+    Args:
+        slots: Rows that a decode step computes.
+        tokens: Tokens that a pass over tiles reads at most.
+        fixed: Whether passes are filled up to these numbers. If not, they are to a multiple of 16: on the CPU
+            that is all that a row's bits depend on.
+    """
+
+    slots: int
+    tokens: int
+    fixed: bool
+
+    @property
+    def most_ends(self) -> int:
+        """Tiles of a pass of which the last tokens' states are wanted."""
+        return self.tokens // _SIXTEEN
+
+    def passes(self, items: Iterable[tuple[Tile, _Item]]) -> Iterator[list[tuple[Tile, _Item]]]:
+        """Fill one pass after the other, in the order given."""
+        batch: list[tuple[Tile, _Item]] = []
+        room = self.tokens
+        for tile, item in items:
+            if len(tile.ids) > room or len(batch) == self.most_ends:
+                yield batch
+                batch, room = [], self.tokens
+            batch.append((tile, item))
+            room -= len(tile.ids)
+        if batch:
+            yield batch
+
+    def pack(self, tiles: Sequence[Tile], device: torch.device) -> Packed:
+        """Put the tiles of a pass side by side, filled up as this shape says."""
+        if self.fixed:
+            return pack(tiles, self.tokens, self.most_ends, device)
+        return pack(tiles, self.padded(sum(len(tile.ids) for tile in tiles)), self.padded(len(tiles)), device)
+
+    def padded(self, count: int) -> int:
+        """Fill a number up to a multiple of 16."""
+        return -(-count // _SIXTEEN) * _SIXTEEN

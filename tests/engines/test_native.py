@@ -1,0 +1,297 @@
+"""Our own forward pass: the same bits in any company, shared prompts, long texts, short memory, failures."""
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from alpaca_core.engines import llama
+from alpaca_core.engines.llama import Llama, runs
+from alpaca_core.engines.native import NativeModel
+from alpaca_core.errors import NotEnoughMemory
+from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
+from alpaca_core.spec import Sampling
+
+TRIE = Trie.of([[5], [6, 7], [6, 8, 9], [10, 11, 12, 13]])[0]
+SETTINGS = [
+    Sampling(max_new_tokens=9),
+    Sampling(max_new_tokens=12, temperature=1.0),
+    Sampling(max_new_tokens=7, temperature=1.3, top_p=0.8, seed=4),
+    Sampling(max_new_tokens=5, temperature=0.8, top_k=9),
+]
+
+
+@pytest.fixture
+def make_native(make_network: Callable[..., Any], make_model: Callable[..., Any]) -> Callable[..., NativeModel]:
+    def make(batch_size: int = 8, adapters: tuple[str, ...] = (), network: Any = None, **changes: Any) -> NativeModel:
+        network = network or make_network(max_position_embeddings=1024, **changes)
+        if not isinstance(model := make_model(network, adapters, batch_size=batch_size), NativeModel):
+            pytest.skip("for the engine of our own")
+        return model
+
+    return make
+
+
+def texts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Prompts of 1 to 400 tokens, half of which begin alike for 40 to 90 tokens."""
+    draw = random.Random(seed)
+    head = [draw.randrange(256) for _ in range(90)]
+    lengths = [draw.choice([1, 7, 31, 32, 33, 64, 100, 310]) for _ in range(count)]
+    begins = [head[: draw.choice([0, 0, 40, 64, 90])] for _ in range(count)]
+    return [
+        (*begin, *(draw.randrange(256) for _ in range(length))) for begin, length in zip(begins, lengths, strict=True)
+    ]
+
+
+def results(model: Any, prompts: list[tuple[int, ...]], adapters: tuple[str | None, ...] = (None,)) -> list[Any]:
+    """What each prompt scores and says; which settings and adapter it has follows from the prompt alone."""
+    told = [sum(prompt) for prompt in prompts]
+    names = [adapters[number % len(adapters)] for number in told]
+    scored = dict(model.loglikelihood([ScoreRow(p, TRIE, n) for p, n in zip(prompts, names, strict=True)]))
+    rows = [
+        GenerateRow(prompt, SETTINGS[number % len(SETTINGS)], number % 3, name)
+        for prompt, number, name in zip(prompts, told, names, strict=True)
+    ]
+    said = dict(model.generate(rows))
+    return [(scored[place], said[place]) for place in range(len(prompts))]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_in_any_order_shard_batch_size_and_alone(
+    make_native: Callable[..., NativeModel],
+    add_adapters: Callable[..., Any],
+    make_network: Callable[..., Any],
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    names = ("default", "other")
+    network = add_adapters(make_network(max_position_embeddings=1024, hidden_size=64, intermediate_size=100), names)
+    chosen = (*names, None)
+    prompts = texts(30)
+    expected = results(make_native(8, names, network), prompts, chosen)
+    order = random.Random(1).sample(range(30), 30)
+    shuffled = results(make_native(30, names, network), [prompts[place] for place in order], chosen)
+    assert shuffled == [expected[place] for place in order]
+    for shard in range(3):
+        places = order[shard::3]
+        assert results(make_native(3, names, network), [prompts[place] for place in places], chosen) == [
+            expected[place] for place in places
+        ]
+    for place in order[:8]:
+        assert results(make_native(1, names, network), [prompts[place]], chosen) == [expected[place]]
+
+
+def test_another_process_finds_the_same_bits(tmp_path: Path, make_native: Callable[..., NativeModel]) -> None:
+    program = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from tests.engines.test_native import TRIE, embedded_results
+json.dump(embedded_results(reverse=True), open(sys.argv[1], "w"))
+"""
+    make_native()  # skips for the other engine
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "found")], check=True, cwd=Path(__file__).parents[2])
+    assert json.loads((tmp_path / "found").read_text()) == embedded_results()
+
+
+def embedded_results(*, reverse: bool = False) -> list[Any]:
+    """Scores and tokens of a few rows on the embedded model, in JSON."""
+    from alpaca_core import load_model
+
+    prompts = [tuple(token % 400 + 100 for token in prompt[:60]) for prompt in texts(6, seed=2)]
+    with load_model() as model:
+        found = results(model, prompts[::-1] if reverse else prompts)
+    listed = [[scores, list(completion.token_ids)] for scores, completion in found]
+    return listed[::-1] if reverse else listed
+
+
+def test_pages_of_earlier_calls_are_used_and_change_nothing(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_native()
+    read: list[int] = []
+    plain = Llama.read
+    monkeypatch.setattr(
+        Llama,
+        "read",
+        lambda self, packed, *args, **kwargs: (
+            read.append(int(packed.counts.sum())) or plain(self, packed, *args, **kwargs)
+        ),
+    )
+    prompt = texts(1)[0][:1] * 200
+    rows = [ScoreRow((*prompt, token), Trie.of([[1], [2]])[0]) for token in range(4)]
+    first = dict(model.loglikelihood(rows))
+    assert sum(read) == 201 + 3 * (201 - 192)
+    read.clear()
+    assert dict(model.loglikelihood(rows)) == first
+    assert sum(read) == 4 * (201 - 192)
+    generated = dict(model.generate([GenerateRow(row.prompt_ids, SETTINGS[0]) for row in rows]))
+    model._memory.pages.forget()
+    assert dict(model.generate([GenerateRow(row.prompt_ids, SETTINGS[0]) for row in rows])) == generated
+
+
+def test_paths_longer_than_a_tile_and_wide_tries_score_as_token_by_token(
+    make_native: Callable[..., NativeModel], make_network: Callable[..., Any]
+) -> None:
+    network = make_network(max_position_embeddings=1024)
+    draw = random.Random(5)
+    long = [draw.randrange(256) for _ in range(80)]
+    for sequences in ([long, [*long[:50], 3, 4]], [[draw.randrange(6), draw.randrange(9), 1, 2] for _ in range(60)]):
+        trie = Trie.of(sequences)[0]
+        row = ScoreRow(tuple(range(45)), trie)
+        ((_, found),) = make_native(network=network).loglikelihood([row])
+        for node in range(len(trie.tokens)):
+            path = [trie.tokens[each] for each in trie.path(node)]
+            with torch.no_grad():
+                logits = network(torch.tensor([[*row.prompt_ids, *path[:-1]]])).logits[0, -1]
+            assert found[node] == pytest.approx(float(logits.log_softmax(-1)[path[-1]]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(sliding_window=None, head_dim=16),
+        Qwen2Config(),
+        LlamaConfig(attention_bias=True, mlp_bias=False),
+        LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+        LlamaConfig(
+            rope_parameters={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1e4,
+            }
+        ),
+        LlamaConfig(
+            rope_parameters={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 1e4,
+            }
+        ),
+    ],
+    ids=lambda config: f"{config.model_type}-{(config.rope_parameters or {}).get('rope_type')}",
+)
+def test_families_and_scaled_positions_are_those_of_transformers(make_model: Callable[..., Any], config: Any) -> None:
+    kinds = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
+    for name, value in (
+        ("vocab_size", 258), ("hidden_size", 32), ("intermediate_size", 64), ("num_hidden_layers", 2),
+        ("num_attention_heads", 4), ("num_key_value_heads", 2), ("max_position_embeddings", 256),
+        ("eos_token_id", None),
+    ):  # fmt: skip
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    network = kinds[config.model_type](config).eval()
+    for weight in network.parameters():
+        weight.data.normal_(0.0, 0.3)
+    model = make_model(network)
+    assert runs(network)
+    prompt = tuple(range(1, 150))
+    ((_, found),) = model.loglikelihood([ScoreRow(prompt, Trie.of([[token] for token in range(258)])[0])])
+    with torch.no_grad():
+        expected = network(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    assert found == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_spoilt_row_leaves_nothing_behind_in_its_pages(
+    make_native: Callable[..., NativeModel], make_network: Callable[..., Any]
+) -> None:
+    network = make_network(max_position_embeddings=1024)
+    expected = results(make_native(network=network), texts(12))
+    clean = [place for place, prompt in enumerate(texts(12)) if 99 not in prompt]
+    with torch.no_grad():
+        network.model.embed_tokens.weight[99] = torch.nan
+    model = make_native(2, network=network)
+    for _ in range(2):
+        for prompt in ((99,), (1,) * 70 + (99,), (99,) * 70):
+            ((_, scored),) = model.loglikelihood([ScoreRow(prompt, TRIE)])
+            ((_, said),) = model.generate([GenerateRow(prompt, SETTINGS[0])])
+            assert isinstance(scored, RowError)
+            assert isinstance(said, RowError)
+        found = results(model, texts(12))
+        assert [found[place] for place in clean] == [expected[place] for place in clean]
+
+
+def test_rows_wait_for_pages_where_memory_is_short_and_one_that_never_fits_says_so(
+    make_native: Callable[..., NativeModel],
+) -> None:
+    prompts = texts(20)
+    expected = results(make_native(), prompts)
+    model = make_native()
+    model._memory._limit = 1 + max(len(prompt) + 12 for prompt in prompts) // 32 + 3
+    assert results(model, prompts) == expected
+    with pytest.raises(NotEnoughMemory, match="keys and values"):
+        dict(model.generate([GenerateRow((1,) * 700, Sampling(max_new_tokens=200))]))
+    assert results(model, prompts[:3]) == expected[:3]
+
+
+def test_a_step_that_fails_loses_no_row_and_changes_no_result(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = texts(20)
+    model = make_native(4)
+    expected = results(model, prompts)
+    model._memory.pages.forget()
+    fails = random.Random(0)
+    failed = []
+
+    def failing(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **settings: Any) -> torch.Tensor:
+            if fails.random() < 0.2:
+                failed.append(plain)
+                raise torch.OutOfMemoryError("injected")
+            return plain(*args, **settings)
+
+        return call
+
+    for name in ("step", "read", "logits"):
+        monkeypatch.setattr(Llama, name, failing(getattr(Llama, name)))
+    assert results(model, prompts) == expected
+    assert len(set(failed)) == 3
+    assert not model._memory.pages.in_use
+    monkeypatch.setattr(Llama, "step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(NotEnoughMemory, match="Lower batch_size"):
+        results(model, prompts)
+
+
+def test_threads_share_steps_and_a_cancelled_caller_takes_only_its_own_rows(
+    make_native: Callable[..., NativeModel],
+) -> None:
+    prompts = texts(24)
+    model = make_native(6)
+    expected = results(model, prompts)
+    found: dict[int, Any] = {}
+
+    def work(place: int) -> None:
+        found[place] = results(model, prompts[place::4])
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    cancelled = model.generate([GenerateRow(prompt, Sampling(max_new_tokens=50)) for prompt in prompts])
+    next(cancelled)
+    cancelled.close()
+    for thread in threads:
+        thread.join()
+    for place in range(4):
+        assert found[place] == expected[place::4]
+    assert not model._memory.pages.in_use
+
+
+def test_what_is_no_plain_llama_is_left_to_transformers(make_network: Callable[..., Any]) -> None:
+    assert runs(make_network())
+    assert not runs(make_network(hidden_act="gelu"))
+    assert not runs(make_network(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
+    assert not runs(make_network(hidden_size=24))  # heads of 6 numbers
+    assert {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM} <= llama._FAMILIES
