@@ -47,7 +47,7 @@ def running(*command: str, cwd: Path, environment: dict[str, str], log: Path) ->
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
