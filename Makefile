@@ -1,6 +1,6 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format wheel screenshots bench bench-judge clean
+.PHONY: help install demo test check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -41,6 +41,10 @@ bench: .venv/installed ## measure the engine beside transformers, small, on the 
 
 bench-judge: .venv/installed ## measure the judge on labelled sets: make bench-judge DATA=FOLDER
 	$(BIN)/python bench/judging.py --data '$(DATA)' --out figures.json
+
+bench-peers: .venv/installed ## compare the judge with CAPPr and first-token readings: make bench-peers DATA=FOLDER
+	$(PIP_INSTALL) --quiet --no-deps cappr==0.9.6
+	$(BIN)/python bench/peers.py --data '$(DATA)' --out peers.json
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alpaca_core.cache import MANIFEST, Manifest, cache_folder, known_digests, read_manifest
-from alpaca_core.checkpoints import fetch, read_json
+from alpaca_core.checkpoints import fetch, local_path, read_json
 from alpaca_core.errors import DigestMismatch, InvalidAdapter, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
 from alpaca_core.model import DEFAULT_ADAPTER, AdapterInfo
 from alpaca_core.spec import ModelSpec, TemplateName, digest_of
@@ -97,7 +97,7 @@ def find_adapters(spec: ModelSpec, *, again: bool = False) -> tuple[Adapter, ...
 
 def imported_folder(source: str, revision: str | None) -> Path:
     """Return where the converted copy of a pickled adapter belongs."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     key = str(path.resolve()) if path.exists() else source
     readable = re.sub(r"[^\w.-]", "-", key)[-60:]
     return cache_folder() / "adapters" / f"{readable}-{digest_of([key, revision])[:16]}"
@@ -167,7 +167,7 @@ def _sidecar(folder: Path) -> Manifest:
 
 
 def _locate(source: str, revision: str | None) -> tuple[Path, str | None]:
-    local, imported = Path(source).expanduser(), imported_folder(source, revision)
+    local, imported = local_path(source), imported_folder(source, revision)
     if imported.exists() and not (local / WEIGHTS).exists():
         _check_current(source, local, imported)
         return imported, None

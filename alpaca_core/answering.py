@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from alpaca_core import reasoning, verification
 from alpaca_core.consistency import Vote, tally
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError
 from alpaca_core.prompts import NO_ANSWER
 from alpaca_core.reasoning import Conclusion
 from alpaca_core.rows import Progress, check_rows, map_rows
-from alpaca_core.spec import GREEDY, Sampling, TemplateName, Value
+from alpaca_core.spec import GREEDY, MOST_NEW_TOKENS, Sampling, TemplateName, Value
 from alpaca_core.verification import Verification
 
 MOST_ATTEMPTS = 1_000
@@ -208,11 +208,10 @@ def check_attempts(
     for name, value, most in (
         ("max_attempts", max_attempts, MOST_ATTEMPTS),
         ("samples", samples, MOST_SAMPLES),
-        ("conclusion_tokens", conclusion_tokens, 1_000_000),
+        ("conclusion_tokens", conclusion_tokens, MOST_NEW_TOKENS),
     ):
         if not isinstance(value, int) or not 1 <= value <= most:
-            given = value if isinstance(value, float) else f"a {type(value).__name__} beyond it"
-            raise InvalidRequest(f"{name} is a whole number from 1 to {most:,}, but got {given}. Change it.")
+            raise InvalidRequest(f"{name} is a whole number from 1 to {most:,}, but got {brief(value)}. Change it.")
     if max_attempts > 1 and (sampling.temperature == 0 or not verify):
         raise InvalidRequest(
             f"max_attempts={max_attempts} has no effect without verify=True and a temperature above 0: every "

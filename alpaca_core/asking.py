@@ -187,12 +187,19 @@ class Asking:
         return rows
 
     def read(
-        self, texts: Sequence[str | RowError], adapter: str | None, progress: Progress | None = None
+        self,
+        texts: Sequence[str | RowError],
+        adapter: str | None,
+        progress: Progress | None = None,
+        asked: Sequence[Asked | RowError] | None = None,
     ) -> list[list[float] | RowError]:
-        """Read each label's mass, in nats, as the question says: in the order given, or over all rotations."""
+        """Read each label's mass, in nats, as the question says: in the order given, or over all rotations.
+
+        `asked` is what `about_each` made of the texts, where that is known already.
+        """
         if self.rotates:
             return map_rows(averaged, self.turned_log_masses(texts, adapter, progress))
-        return self.log_masses(self.about_each(texts), adapter, progress)
+        return self.log_masses(self.about_each(texts) if asked is None else asked, adapter, progress)
 
     def slots(self, text: str) -> tuple[str, str | None]:
         """Put a text into the question: an instruction, and the input that it works on."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.labels import log_sum
-from alpaca_core.spec import Value, digest_of
+from alpaca_core.spec import Value, check_kind, digest_of
 
 CalibrationMethod = Literal["none", "contextual", "batch", "pride", "base", "temperature", "vector"]
 
@@ -85,6 +85,17 @@ class Calibration(Value):
         scores = [scale * each + bias for scale, each, bias in zip(self.scale, z, self.bias, strict=True)]
         total = log_sum(scores)
         return [score - total for score in scores]
+
+
+def check_calibration(calibration: object, bound: Binding) -> None:
+    """Refuse a calibration that holds for something else, or is none; None is fine.
+
+    Raises:
+        InvalidRequest: With what differs.
+    """
+    if calibration is not None:
+        remedy = "Fit one with fit_calibration, or read its JSON with Calibration.model_validate."
+        check_kind("calibration", calibration, Calibration, remedy).check(bound)
 
 
 def log_probabilities(log_masses: Sequence[float]) -> list[float]:

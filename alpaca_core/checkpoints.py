@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
 from alpaca_core.cache import Manifest, cache_folder, known_digests, prepare, sha256_of
-from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
+from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, brief
 from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec, digest_of
 from alpaca_core.tokenizer import Tokenizer
 
@@ -130,6 +130,23 @@ def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert,
     return _folder(spec.base_model, path, commit, convert_tokenizer, again)
 
 
+def local_path(source: str) -> Path:
+    """Return the path that a source would be on this disk, whether or not there is one.
+
+    Raises:
+        ModelNotFound: If no file can be called that: it is too long, holds a null, or names an unknown user's home.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelNotFound(
+            f"a model or adapter is a path or a hub name, but {brief(source)} cannot be looked at "
+            f"({getattr(error, 'strerror', None) or error}). Check the path."
+        ) from error
+    return path
+
+
 def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str | None]:
     """Return where a source lies on the disk, downloading `files` of a hub repository where it is one.
 
@@ -146,7 +163,7 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
     Raises:
         ModelNotFound: If there is no such path or repository, or the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists():
         if revision:
             raise ModelNotFound(
@@ -154,7 +171,7 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
             )
         return path.resolve(), None
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) or source.endswith(".gguf"):
-        raise ModelNotFound(f"there is no file or folder {source!r}. Check the path.")
+        raise ModelNotFound(f"there is no file or folder {source!r:.200}. Check the path.")
     try:
         folder = Path(
             # consolidated.*: a second copy of the weights, in an order that transformers does not read

@@ -16,7 +16,7 @@ from alpaca_core.errors import InvalidRequest
 from alpaca_core.judging import Judgment
 from alpaca_core.model import RowError
 from alpaca_core.rows import check_rows, column, map_rows
-from alpaca_core.spec import Value
+from alpaca_core.spec import Value, check_kind
 
 STEPS_PER_DOUBLING = 16
 """Each step is at most 4.4 % larger than the one before: 2 to the power of 1/16."""
@@ -146,9 +146,10 @@ def decide(judgments: Sequence[Judgment | RowError], policy: Policy) -> list[Dec
         A `Decision` for each judgment, in order; a `RowError` stays what it is.
 
     Raises:
-        InvalidRequest: For judgments of another calibration than the policy's.
+        InvalidRequest: For judgments of another calibration than the policy's, or what is no policy.
     """
-    policy.check(*_calibrations(judgments))
+    remedy = "Fit one with fit_policy, or read its JSON with Policy.model_validate."
+    check_kind("policy", policy, Policy, remedy).check(*_calibrations(judgments))
 
     def decision(judgment: Judgment) -> Decision:
         confidence = _confidence(judgment)

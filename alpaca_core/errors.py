@@ -29,7 +29,22 @@ __all__ = [
     "NotEnoughMemory",
     "RowRejected",
     "UnsafeCheckpoint",
+    "brief",
 ]
+
+
+def brief(value: object, most: int = 80) -> str:
+    """Write a value for a message, and no more than so many characters of it.
+
+    Python refuses to write whole numbers of more than 4,300 digits, so long ones are told by their length.
+
+    Example:
+        >>> brief(0), brief("x" * 9, 5), brief(10**5000)
+        ('0', "'xxxx", 'a whole number of 16,610 bits')
+    """
+    if isinstance(value, int) and value.bit_length() > 3 * most:
+        return f"{'a negative' if value < 0 else 'a'} whole number of {value.bit_length():,} bits"
+    return repr(value)[:most]
 
 
 class AlpacaError(Exception):

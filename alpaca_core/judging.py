@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from alpaca_core.asking import Asked, Asking
-from alpaca_core.calibration import Calibration
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.calibration import Calibration, check_calibration
+from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.labels import log_sum
 from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
-from alpaca_core.spec import YES_NO, Label, Sampling, TemplateName, Value
+from alpaca_core.spec import SEEDS, YES_NO, Label, Sampling, TemplateName, Value
 
 MOST_SAMPLES = 10_000
 """Responses that ``sampled`` draws for one text."""
@@ -110,16 +110,13 @@ def judge(
         template=template,
         adapter=adapter,
     )
-    if calibration is not None:
-        if method == "sampled":
-            raise InvalidRequest(
-                "a calibration is of logits, so method='sampled' has no use for it. Drop one of the two."
-            )
-        calibration.check(asking.binding())
+    if calibration is not None and method == "sampled":
+        raise InvalidRequest("a calibration is of logits, so method='sampled' has no use for it. Drop one of the two.")
+    check_calibration(calibration, asking.binding())
     digest = calibration.digest if calibration else None
     asked = asking.about_each(texts)
     if method == "logits":
-        masses = asking.read(texts, adapter, progress)
+        masses = asking.read(texts, adapter, progress, asked)
     else:
         masses = _masses_by_samples(model, asked, len(asking.labels), samples, seed, adapter, progress)
     return map_rows(
@@ -138,9 +135,9 @@ def _check_settings(min_coverage: object, reads_logits: bool, method: object, sa
     if method not in get_args(Method):
         raise InvalidRequest(f"method is 'logits' or 'sampled', but got {method!r:.80}. Name one of them.")
     if not isinstance(samples, int) or not 1 <= samples <= MOST_SAMPLES:
-        raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {samples!r:.80}. Use 10 to 100.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {seed!r:.80}. Use 0.")
+        raise InvalidRequest(f"samples lies between 1 and {MOST_SAMPLES:,}, but got {brief(samples)}. Use 10 to 100.")
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise InvalidRequest(f"seed is a whole number from 0 to 2**64 - 1, but got {brief(seed)}. Use 0.")
     if method == "sampled" and reads_logits:
         raise InvalidRequest(
             "all_segmentations and rotate_labels read logits, so method='sampled' has no use for them. "

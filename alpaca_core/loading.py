@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alpaca_core.errors import brief
 from alpaca_core.model import LanguageModel
-from alpaca_core.spec import ModelSpec, TemplateName
+from alpaca_core.spec import ModelSpec, TemplateName, check_kind
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         spec: The recipe; None is the embedded model.
 
     Raises:
+        InvalidRequest: For a name or JSON in place of a recipe.
         ModelNotFound: If there is no such model or adapter, or the hub cannot be reached.
         DeviceUnavailable: If the device is not on this machine.
         NotEnoughMemory: If the weights do not fit.
@@ -37,13 +39,13 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         ...     model.info.context_length
         8192
     """
+    spec = _checked(spec)
     started = time.perf_counter()  # importing torch is part of what a user waits for
     from alpaca_core.engines.llama import runs
     from alpaca_core.engines.native import NativeModel
     from alpaca_core.engines.transformers import TransformersModel
     from alpaca_core.engines.weights import load_weights
 
-    spec = spec or ModelSpec()
     loaded = load_weights(spec, started)
     engine = NativeModel if runs(loaded.network) else TransformersModel
     model = engine(loaded.network, loaded.tokenizer, loaded.info, batch_size=spec.batch_size)
@@ -64,12 +66,13 @@ def verify_checkpoint(spec: ModelSpec | None = None) -> dict[str, str]:
         The digest of each source, by the name that the spec gives it.
 
     Raises:
+        InvalidRequest: For a name or JSON in place of a recipe.
         DigestMismatch: If bytes have changed without being written anew.
         LoadError: As `load_model`, as far as files go.
     """
     from alpaca_core.engines.weights import find
 
-    base, adapters = find(spec or ModelSpec(), again=True)
+    base, adapters = find(_checked(spec), again=True)
     return {base.name: base.digest} | {adapter.info.source: adapter.info.digest for adapter in adapters}
 
 
@@ -101,3 +104,10 @@ def import_adapter(
     from alpaca_core.engines.pickles import convert_adapter
 
     return convert_adapter(str(source), template, revision, out)
+
+
+def _checked(spec: ModelSpec | None) -> ModelSpec:
+    if spec is None:
+        return ModelSpec()
+    named = f"base_model={brief(spec, 60)}" if isinstance(spec, str) else "base_model=…"
+    return check_kind("spec", spec, ModelSpec, f"Write ModelSpec({named}).")

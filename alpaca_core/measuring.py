@@ -20,6 +20,9 @@ CALIBRATED_DRAWS = 1000
 HISTOGRAM_BARS = 20
 """Bars of `Measurement.histogram`, from confidence 0 to 1."""
 
+DIAGRAMS = (".svg", ".png")
+"""What `reliability_diagram` writes, by the end of its path."""
+
 COVERAGE_QUANTILES = (5, 25, 50, 75, 95)
 """Quantiles of `Measurement.coverage`, in percent."""
 
@@ -255,7 +258,7 @@ def reliability_diagram(measurement: Measurement, path: str | Path) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     path = Path(path)
-    if path.suffix.lower() not in (".svg", ".png"):
+    if path.suffix.lower() not in DIAGRAMS:
         raise InvalidRequest(f"a diagram is a .svg or a .png, but path ends in {path.suffix!r}. Rename it.")
     bins, ece, bars = measurement.reliability, measurement.ece, len(measurement.histogram)
     right, low, high = ([getattr(each.accuracy, name) for each in bins] for name in ("value", "low", "high"))

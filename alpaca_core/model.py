@@ -218,10 +218,15 @@ def check_fits(prompt_tokens: int, new_tokens: int, info: ModelInfo, setting: st
     Raises:
         RowRejected: With code ``prompt_too_long``.
     """
-    over = prompt_tokens + new_tokens - info.context_length
+    room = info.context_length - prompt_tokens
+    over = new_tokens - room
     if over > 0:
+        if prompt_tokens <= over:  # without any prompt it would not fit either
+            remedy = f"Lower {setting} to {room:,}" if room > 0 else f"Shorten the prompt, and lower {setting}"
+        else:
+            remedy = f"Shorten the prompt by {over:,} tokens" + (f" or lower {setting}" if room > 0 else "")
         raise RowRejected(
             "prompt_too_long",
             f"prompt has {prompt_tokens:,} tokens and {setting} is {new_tokens:,}, but {info.name!r} reads "
-            f"{info.context_length:,}. Shorten the prompt by {over:,} tokens or lower {setting}.",
+            f"{info.context_length:,}. {remedy}.",
         )

@@ -6,7 +6,7 @@ from typing import Unpack
 import numpy
 
 from alpaca_core.asking import LETTERS, Asking, Question
-from alpaca_core.calibration import Calibration
+from alpaca_core.calibration import Calibration, check_calibration
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.fitting import fit_calibration
 from alpaca_core.measuring import Estimate
@@ -71,8 +71,7 @@ def measure_order(
             "an order is measured of labels that the prompt names, but this question names none, or rotates them. "
             "Use show_labels=True or letters=True; otherwise no order can matter."
         )
-    if calibration is not None:
-        calibration.check(asking.binding())
+    check_calibration(calibration, asking.binding())
     found = asking.turned_log_masses(texts, asking.adapter, progress)
     judged = [turns for turns in found if not isinstance(turns, RowError)]
     if not judged:

@@ -1,7 +1,7 @@
 """Think first, then answer: `chain_of_thought` (Wei et al. 2022, arXiv 2201.11903) and `conclude`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from alpaca_core import prompts
 from alpaca_core.generation import Slot, complete
@@ -93,26 +93,46 @@ def conclude(
         return prompts.CONCLUDE.format(question=asked, reasoning=user_text("a reasoning", reasoning)), None
 
     slots = map_rows(slot, questions, column("reasonings", reasonings, questions))
-    return map_rows(
-        lambda completion: Conclusion(**completion.model_dump(), final_answer=final_answer(completion.text)),
-        complete(model, slots, sampling, sample_indices, template, adapter, progress),
-    )
+
+    def concluded(completion: Completion) -> Conclusion:
+        found = final_answer(completion.text, cut=completion.finish_reason == "length")
+        return Conclusion(**completion.model_dump(), final_answer=found)
+
+    return map_rows(concluded, complete(model, slots, sampling, sample_indices, template, adapter, progress))
 
 
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?%?"
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?%?")
+_NUMBERING = re.compile(
+    r"(?:^|(?<=[.!?]\s))[ \t*]*\(?\d{1,3}[.)]\**[ \t]+(?=\S)|\bstep[ \t]+\d+\**[:.)]*", re.IGNORECASE | re.MULTILINE
+)
+_HANGING = re.compile(r"(\A|[.!?:]\s{1,4})\(?\d{1,3}[.)]\**\Z")
 _MARKER = re.compile(r"(?:####|\\boxed\{|\b(?:final\s+)?answer\s*(?:is|:|=))[\s:]*", re.IGNORECASE)
-_END = re.compile(r"\n|(?<!\bDr|\bMr|\bMs|\bSt)(?<!\bMrs)(?<!\bProf)[.!?](?:\s|$)")
+_STOP = re.compile(r"\n|[.!?](?=\s|$)")
 _SHORT = 5
 
+# A full stop after one of these ends a sentence only before a word that begins one: "U.S. Steel", "the U.S. It is".
+_DOTTED = r"(?:[^\W\d_]\.)+[^\W\d_]"
+_NAMES = "Dr|Mr|Mrs|Ms|Prof|St|Mt|Ft|Jr|Sr|Inc|Ltd|Co|Corp|vs|ca|cf|approx|etc"
+_INITIAL = r"[A-Z]\.[ ][A-Z]|[A-Z][a-z]+[ ][A-Z]"
+_SHORTENED = re.compile(rf"(?<![\w.])(?:{_DOTTED}|{_NAMES}|{_INITIAL})\Z")
+_FIRST_INITIAL = re.compile(r"(?<![\w.])[A-Z]\Z")
+_BEGINNING = re.compile(
+    r"\s+(?:A|After|An|And|As|Because|But|Each|First|For|He|Here|His|However|I|If|In|It|Its|My|No|On|Our|She|Since|So|"
+    r"Some|That|The|Their|Then|There|Therefore|These|They|This|Those|Thus|To|We|What|When|While|Yes|You|Your)\b"
+)
+_LONGEST_SHORTENED = 24
 
-def final_answer(text: str) -> str | None:
+
+def final_answer(text: str, *, cut: bool = False) -> str | None:
     """Extract the answer from a conclusion.
 
     In this order: what the last ``answer is``, ``answer:``, ``####`` or ``\\boxed{`` announces; the whole
-    text where it is at most five words; the number where the text holds exactly one.
+    text where it is at most five words; the number where the text holds exactly one, the numbers of steps and
+    of lists aside. Of a text that was cut the last two see whole sentences only: an unfinished one may go on.
 
     Args:
         text: A conclusion.
+        cut: Whether it was cut at its limit of tokens.
 
     Returns:
         The answer without its full stop, or None where none stands out.
@@ -122,19 +142,46 @@ def final_answer(text: str) -> str | None:
         '10 pierogi'
         >>> final_answer("Monika has 10 pierogi, since the cans are shared.")
         '10'
+        >>> final_answer("Step 1: we count the pierogi in one can.") is None
+        True
         >>> final_answer("One could see this in many ways, and none is better.") is None
         True
     """
     text = text.rstrip()
-    markers = [marker for marker in _MARKER.finditer(text) if marker.end() < len(text)]
-    if markers:
-        announced = text[markers[-1].end() :]
-        boxed = _in_braces(announced) if "{" in markers[-1][0] else None
-        return _bare(boxed or _END.split(announced, maxsplit=1)[0]) or None
-    if len(text.split()) <= _SHORT:
-        return _bare(text) or None
-    numbers = {_bare(number) for number in re.findall(_NUMBER, text)}
+    markers = list(_MARKER.finditer(text))
+    if finished := [marker for marker in markers if marker.end() < len(text)]:
+        announced = text[finished[-1].end() :]
+        boxed = _in_braces(announced) if "{" in finished[-1][0] else None
+        return _bare(boxed or announced[: next(_ends(announced), len(announced))]) or None
+    if cut:
+        text = _HANGING.sub(r"\1", _NUMBERING.sub("", text))  # else "1." were a whole sentence
+        text = text[: max(_ends(text), default=0)]
+    if len(text.split()) <= _SHORT and not markers:
+        numbering = None if "\n" in text else _NUMBERING.match(text)
+        if numbering and not text.endswith(":"):  # which step? step 3
+            return _bare(text[numbering.end() :]) or _bare(text)
+        return None if numbering else _bare(text) or None
+    numbers = {_bare(number) for number in _NUMBER.findall(_NUMBERING.sub("", text))}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _ends(text: str) -> Iterator[int]:
+    """Where sentences end: the place after each stop that ends one."""
+    for stop in _STOP.finditer(text):
+        place = stop.start()
+        if text[place] != "." or not _goes_on(text, place):
+            yield stop.end()
+
+
+def _goes_on(text: str, place: int) -> bool:
+    """Whether the full stop at a place belongs to a shortened word, and its sentence goes on."""
+    after = text[place + 1 : place + _LONGEST_SHORTENED]
+    if not after.strip() or after.lstrip(" ").startswith("\n") or _BEGINNING.match(after):
+        return False
+    before = max(0, place - _LONGEST_SHORTENED)
+    if _SHORTENED.search(text, before, place):
+        return True
+    return bool(_FIRST_INITIAL.search(text, before, place) and re.match(r" [A-Z]\. [A-Z]", after))
 
 
 def _in_braces(text: str) -> str | None:
@@ -148,4 +195,7 @@ def _in_braces(text: str) -> str | None:
 
 
 def _bare(text: str) -> str:
-    return text.strip().strip("*`\"'“” ").rstrip(".,;:!").strip("*`\"'“” ")
+    text = text.strip().strip("*`\"'“” ")
+    stripped = text.rstrip(".,;:!")
+    shortened = text[len(stripped) :].startswith(".") and re.search(rf"(?<![\w.]){_DOTTED}\Z", stripped)
+    return (f"{stripped}." if shortened else stripped).strip("*`\"'“” ")

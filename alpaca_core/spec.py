@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from alpaca_core.errors import InvalidRequest
+from alpaca_core.errors import InvalidRequest, brief
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with the project, SmolLM2-135M-Instruct (Apache 2.0)."""
@@ -20,13 +20,31 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Kind = TypeVar("Kind", bound=Value)
+
+
+def check_kind(name: str, value: object, kind: type[Kind], remedy: str) -> Kind:
+    """Return a value of the kind that an argument takes.
+
+    Raises:
+        InvalidRequest: For anything else: its JSON and its name are the usual slips.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise InvalidRequest(f"{name} is {article} {kind.__name__}, but got {brief(value)}. {remedy}")
+    return value
+
+
 def digest_of(value: Any) -> str:
     """Hash a JSON value in canonical form: sorted keys, no blanks; hexadecimal SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-Unset = BeforeValidator(lambda value: None if value == "" else value)
-"""A form sends an emptied field as an empty text, which means none."""
+Unset = BeforeValidator(lambda value: None if isinstance(value, str) and not value.strip() else value)
+"""A form sends an emptied field as an empty text, which means none; so does one with blanks only."""
+
+OptionalText = Annotated[str | None, Unset]
+"""A text that a form may leave out."""
 
 
 class NamedAdapter(Value):
@@ -40,7 +58,7 @@ class NamedAdapter(Value):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="What a row says to get this adapter.")]
     source: Annotated[str, Field(min_length=1, description="Hub repository or local folder of the LoRA weights.")]
-    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
+    revision: OptionalText = Field(default=None, description="Commit of the hub repository, pinned.")
 
 
 class ModelSpec(Value):
@@ -79,13 +97,9 @@ class ModelSpec(Value):
         min_length=1,
         description="Hub repository (owner/name), local folder, .gguf file, or smollm2-135m-instruct (embedded).",
     )
-    revision: Annotated[str | None, Unset] = Field(default=None, description="Commit of the hub repository, pinned.")
-    adapter: Annotated[str | None, Unset] = Field(
-        default=None, description="LoRA weights: hub repository or local folder."
-    )
-    adapter_revision: Annotated[str | None, Unset] = Field(
-        default=None, description="Commit of the adapter's hub repository, pinned."
-    )
+    revision: OptionalText = Field(default=None, description="Commit of the hub repository, pinned.")
+    adapter: OptionalText = Field(default=None, description="LoRA weights: hub repository or local folder.")
+    adapter_revision: OptionalText = Field(default=None, description="Commit of the adapter's hub repository, pinned.")
     adapters: tuple[NamedAdapter, ...] = Field(default=(), description="More LoRA weights, which rows name.")
     merge_adapter: bool = Field(default=False, description="Add the adapter into the base weights.")
     quantization: Literal["none", "int8", "nf4"] = Field(default="none", description="bitsandbytes quantization.")
@@ -148,6 +162,13 @@ _PRESETS: dict[str, dict[str, str]] = {
 }
 
 
+MOST_NEW_TOKENS = 1_000_000
+"""Tokens of one response; the model's context is the limit that counts."""
+
+SEEDS = 2**64
+"""Seeds are whole numbers from 0 up to below this."""
+
+
 class Sampling(Value):
     """How the next token is chosen. None means unset; what would have no effect is refused.
 
@@ -175,8 +196,8 @@ class Sampling(Value):
     top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens.")
     top_p: float | None = Field(default=None, gt=0.0, lt=1.0, description="Keep the likeliest tokens up to this mass.")
     num_beams: int = Field(default=1, ge=1, le=64, description="Beams kept side by side; 1 is no beam search.")
-    max_new_tokens: int = Field(default=256, ge=1, le=1_000_000, description="Most tokens of one response.")
-    seed: int = Field(default=0, ge=0, lt=2**64, description="Same seed, prompt and sample index: same tokens.")
+    max_new_tokens: int = Field(default=256, ge=1, le=MOST_NEW_TOKENS, description="Most tokens of one response.")
+    seed: int = Field(default=0, ge=0, lt=SEEDS, description="Same seed, prompt and sample index: same tokens.")
 
     @model_validator(mode="after")
     def _effective(self) -> Self:

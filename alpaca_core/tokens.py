@@ -5,7 +5,7 @@ from operator import index
 
 import numpy
 
-from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.errors import InvalidRequest, RowRejected, brief
 from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Trie, check_model
 from alpaca_core.prompts import template_of, user_text
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
@@ -50,13 +50,19 @@ def show_tokens(model: LanguageModel, texts: Sequence[str | RowError]) -> list[t
     check_rows("texts", texts)
     tokenizer = model.tokenizer
 
-    def split(text: object) -> tuple[Token, ...]:
-        ids = [*tokenizer.prefix_ids, *tokenizer.encode(user_text("a text", text))]
-        if len(ids) > MOST_TOKENS:
+    def check(tokens: int, has: str) -> None:
+        if tokens > MOST_TOKENS:
             raise RowRejected(
                 "prompt_too_long",
-                f"a text of at most {MOST_TOKENS:,} tokens is shown, but this one has {len(ids):,}. Show a part of it.",
+                f"a text of at most {MOST_TOKENS:,} tokens is shown, but this one has {has}{tokens:,}. "
+                "Show a part of it.",
             )
+
+    def split(text: object) -> tuple[Token, ...]:
+        known = user_text("a text", text)
+        check(len(known) // tokenizer.longest_piece, "at least ")  # before megabytes are split, as for prompts
+        ids = [*tokenizer.prefix_ids, *tokenizer.encode(known)]
+        check(len(ids), "")
         return tuple(_describe(tokenizer, token) for token in ids)
 
     return map_rows(split, texts)
@@ -126,7 +132,7 @@ def next_tokens(
     """
     check_rows("prompts", prompts)
     if not isinstance(n, int) or n < 1:
-        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {n!r:.80}. Use 20.")
+        raise InvalidRequest(f"n counts the tokens to show, at least 1, but got {brief(n)}. Use 20.")
     writer = template_of(model, template, adapter)
     everything = Trie(tuple(range(model.info.vocab_size)), (-1,) * model.info.vocab_size)
     rows = map_rows(

@@ -70,9 +70,10 @@ def tasks(data: Path) -> list[Task]:
     ]
 
 
-def shuffled(task: Task, data: Path) -> tuple[list[str], list[str]]:
-    """Return the texts of a set and their right labels, in an order that is always the same."""
-    rows = random.Random(0).sample(found := rows_of(data / task.file), len(found))
+def shuffled(task: Task, data: Path, most: int | None = None) -> tuple[list[str], list[str]]:
+    """Return the texts of a set and their right labels, in an order that is always the same for as many rows."""
+    found = rows_of(data / task.file)
+    rows = random.Random(0).sample(found, min(most or len(found), len(found)))
     return [task.text(row) for row in rows], [task.gold(row) for row in rows]
 
 

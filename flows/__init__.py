@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefect_alpaca.flows.answering import answer_question
+    from prefect_alpaca.flows.cascading import cascade_texts
     from prefect_alpaca.flows.choosing import generate_and_judge
     from prefect_alpaca.flows.judging import classify_texts, judge_texts
     from prefect_alpaca.flows.uses import compare_texts, find_outliers, rate_texts
 
 __all__ = [
     "answer_question",
+    "cascade_texts",
     "classify_texts",
     "compare_texts",
     "find_outliers",
@@ -24,6 +26,7 @@ __all__ = [
 
 _ROOMS = {
     "answer_question": "answering",
+    "cascade_texts": "cascading",
     "classify_texts": "judging",
     "compare_texts": "uses",
     "find_outliers": "uses",

@@ -8,9 +8,9 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from alpaca_core import Answer, Completion, Conclusion, ModelSpec, RowError, Sampling, Verification
-from alpaca_core.answering import Steps, attempt, check_attempts
+from alpaca_core.answering import MOST_ATTEMPTS, MOST_SAMPLES, Steps, attempt, check_attempts
 from alpaca_core.model import DEFAULT_ADAPTER
-from alpaca_core.spec import GREEDY, Value
+from alpaca_core.spec import GREEDY, MOST_NEW_TOKENS, OptionalText, Value
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
@@ -30,12 +30,12 @@ def answer_question(
     ],
     reason: bool = True,
     verify: bool = True,
-    max_attempts: Annotated[int, Field(ge=1)] = 1,
+    max_attempts: Annotated[int, Field(ge=1, le=MOST_ATTEMPTS)] = 1,
     min_p_correct: Annotated[float, Field(ge=0, le=1)] = 0.5,
-    samples: Annotated[int, Field(ge=1)] = 1,
-    conclusion_tokens: Annotated[int, Field(ge=1)] = 32,
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 1,
+    conclusion_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] = 32,
     sampling: Sampling = GREEDY,
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Answer questions: reason step by step, conclude, and ask the model whether that is right.

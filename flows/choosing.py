@@ -11,29 +11,39 @@ from alpaca_core import Completion, Judgment, ModelSpec, RowError, Sampling
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.rows import map_rows
-from alpaca_core.spec import Value
+from alpaca_core.spec import OptionalText, Value
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.options import Choices, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, failure, inline, leave, quote, sections, table
 from prefect_alpaca.tasks import Json
 from prefect_alpaca.tasks.rows import counted
 
 
 class Candidate(Value):
-    """One response, and the probability that the judge gave the wanted label."""
+    """One response, and the probability that the judge gave the wanted label: None where it gave no label at all.
+
+    `escaped` says that a line of the prompt, or of the response before the judge, that equalled a template's
+    marker got a leading space.
+    """
 
     text: str
-    probability: float
+    probability: float | None
     coverage: float
+    escaped: bool = False
 
 
 class Choice(Value):
-    """The best response to a prompt, and all that it was picked from, in the order of their samples."""
+    """The best response to a prompt, and all that it was picked from, in the order of their samples.
+
+    Candidates that the judge gave no label come last; where that is all of them, `text` is the first one's and
+    `probability` None. `escaped` says that it is true of a candidate.
+    """
 
     prompt: str
     text: str
-    probability: float
+    probability: float | None
     candidates: tuple[Candidate | RowError, ...]
+    escaped: bool = False
 
 
 def _run_name() -> str:
@@ -47,11 +57,11 @@ def generate_and_judge(
         "Write one sentence that invites people to visit an alpaca farm."
     ],
     instruction: str = "Is this a friendly invitation?",
-    labels: Annotated[list[str], Field(min_length=2)] = ["Yes", "No"],  # noqa: B006
+    labels: Choices = ["Yes", "No"],  # noqa: B006
     wanted: str = "Yes",
     candidates: Annotated[int, Field(ge=1, le=64)] = 4,
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=64),
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Generate candidates for each prompt, judge each by the model's logits, and pick the best.
@@ -99,7 +109,7 @@ def generate_and_judge(
     )
     texts = map_rows(_said, generated)
     judged = tasks.values(Judgment, tasks.judge(model, texts, choices, instruction=instruction, adapter=adapter))
-    found = map_rows(lambda judgment: _candidate(judgment, wanted), judged)
+    found = map_rows(lambda completion, judgment: _candidate(completion, judgment, wanted), generated, judged)
     picked = [_pick(prompt, found[place * candidates :][:candidates]) for place, prompt in enumerate(prompts)]
     leave(
         "generate-and-judge",
@@ -124,16 +134,27 @@ def _said(completion: Completion) -> str:
     return completion.text
 
 
-def _candidate(judgment: Judgment, wanted: str) -> Candidate:
-    return Candidate(text=judgment.text, probability=judgment.probabilities[wanted], coverage=judgment.coverage)
+def _candidate(completion: Completion, judgment: Judgment, wanted: str) -> Candidate:
+    return Candidate(
+        text=judgment.text,
+        probability=judgment.probabilities[wanted] if judgment.label else None,
+        coverage=judgment.coverage,
+        escaped=completion.escaped or judgment.escaped,
+    )
 
 
 def _pick(prompt: str, candidates: list[Candidate | RowError]) -> Choice | RowError:
     good = [candidate for candidate in candidates if isinstance(candidate, Candidate)]
     if not good:
         return next(candidate for candidate in candidates if isinstance(candidate, RowError))
-    best = max(good, key=lambda candidate: candidate.probability)
-    return Choice(prompt=prompt, text=best.text, probability=best.probability, candidates=tuple(candidates))
+    best = max(good, key=lambda candidate: -1.0 if candidate.probability is None else candidate.probability)
+    return Choice(
+        prompt=prompt,
+        text=best.text,
+        probability=best.probability,
+        candidates=tuple(candidates),
+        escaped=any(candidate.escaped for candidate in good),
+    )
 
 
 def _section(choice: Choice | RowError, wanted: str) -> str:
@@ -142,10 +163,11 @@ def _section(choice: Choice | RowError, wanted: str) -> str:
     rows = [
         ["", f"failed: {inline(candidate.code)}"]
         if isinstance(candidate, RowError)
-        else [bar(candidate.probability), cell(candidate.text)]
+        else ["no label" if candidate.probability is None else bar(candidate.probability), cell(candidate.text)]
         for candidate in choice.candidates
     ]
-    return f"{quote(choice.text)}\n\n{table([f'P({cell(wanted)})', 'Candidate'], rows)}"
+    none = "*The judge gave no candidate a label; this is the first.*\n\n" if choice.probability is None else ""
+    return f"{none}{quote(choice.text)}\n\n{table([f'P({cell(wanted)})', 'Candidate'], rows)}"
 
 
 def _table_row(prompt: str, choice: Choice | RowError) -> Json:
@@ -153,7 +175,7 @@ def _table_row(prompt: str, choice: Choice | RowError) -> Json:
     return {
         "prompt": cell(prompt),
         "best": cell(done.text) if done else None,
-        "probability": round(done.probability, 4) if done else None,
+        "probability": round(done.probability, 4) if done and done.probability is not None else None,
         "candidates": len(done.candidates) if done else None,
         "error": inline(choice.message) if isinstance(choice, RowError) else None,
     }

@@ -21,9 +21,10 @@ from alpaca_core.calibration import CalibrationMethod
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.spec import TemplateName
-from prefect_alpaca.flows import commands
+from prefect_alpaca.flows import commands, labelled
 from prefect_alpaca.flows.options import (
     Parser,
+    diagram_of,
     label_of,
     model_options,
     one_line,
@@ -95,8 +96,11 @@ def _parser() -> Parser:
         about = f"a file of {by}, or a name saved at the Prefect server"
         add(f"--{name}", metavar="NAME", help=about)
 
-    def shown_labels() -> None:
+    def show_labels() -> None:
         add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
+
+    def shown_labels() -> None:
+        show_labels()
         add("--letters", action="store_true", help="call them A, B, C ... there, and read the letter")
         add("--rotate-labels", action="store_true", help="ask in every rotation of them, and average")
 
@@ -115,6 +119,16 @@ def _parser() -> Parser:
     add("--method", choices=get_args(Method), default="logits", help="read the logits (default), or sample and count")
     add("--samples", type=int, default=10, metavar="N", help="samples a text where the method is sampled (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default 0)")
+
+    about = "judge each text by the logits, and reason about close ones before they are judged again"
+    add = command("cascade", "TEXT ...", commands.run_cascade, about, rows, model, sampling)
+    labels("a choice, and other words that mean it")
+    add("--instruction", metavar="TEXT", help="the question about every text; without it each text is the question")
+    show_labels()
+    about = "reason where the top probability is less than this above the second (default 0.2; 0 never, 1 always)"
+    add("--margin", type=float, default=0.2, metavar="P", help=about)
+    saved("calibration", "`alpaca calibrate`")
+    saved("reasoned-calibration", "alpaca_core.fit_calibration on reasoned texts")
 
     about = "sort each text into a category, of few or hundreds"
     add = command("classify", "TEXT ... --label NAME ...", commands.run_classify, about, rows, model)
@@ -142,25 +156,29 @@ def _parser() -> Parser:
     add("--best", type=int, default=5, metavar="N", help="the highest step (default 5)")
     saved("calibration", "alpaca_core.fit_calibration")
 
-    def fitted(what: str, used: str) -> None:
+    def labelled_rows(what: str) -> None:
         add("file", metavar="FILE", help=f'JSON Lines of {{"text": ..., "label": ...}}, {what}')
         labels("as for judge")
         add("--instruction", metavar="TEXT", help="as for judge")
         shown_labels()
         about = "the command that it is for, whose prompt is asked (default judge)"
         add("--for", dest="command", choices=("judge", "classify"), default="judge", help=about)
+
+    def kept(used: str) -> None:
         add("--out", type=Path, metavar="FILE", help=f"write it here; `alpaca judge --{used} FILE` reads it")
         add("--name", metavar="NAME", help="save it under this name at the Prefect server")
         add("--json", action="store_true", help="print it as one JSON object")
 
     about = "fit a calibration of a question on texts, with or without their right labels"
-    add = command("calibrate", "FILE", commands.run_calibrate, about, model)
-    fitted("the label where it is known", "calibration")
+    add = command("calibrate", "FILE", labelled.run_calibrate, about, model)
+    labelled_rows("the label where it is known")
+    kept("calibration")
     add("--method", choices=get_args(CalibrationMethod), help="how to fit (default: the best on the labelled rows)")
 
     about = "fit a policy on labelled texts: which labels to accept, to review, or to abstain from"
-    add = command("fit-policy", "FILE", commands.run_fit_policy, about, model)
-    fitted("other texts than the calibration's", "policy")
+    add = command("fit-policy", "FILE", labelled.run_fit_policy, about, model)
+    labelled_rows("other texts than the calibration's")
+    kept("policy")
     saved("calibration", "`alpaca calibrate`")
     about = "share of right labels among accepted ones (default 0.9)"
     add("--precision", type=share_of, default=0.9, metavar="P", help=about)
@@ -168,6 +186,16 @@ def _parser() -> Parser:
     add("--confidence", type=share_of, default=0.95, metavar="P", help=about)
     about = "top probability below which a label is not worth a person's look (default 0: all are)"
     add("--review", type=float, default=0.0, metavar="P", help=about)
+
+    about = "measure on labelled texts how often judgments are right, and how far their probabilities can be trusted"
+    add = command("measure", "FILE", labelled.run_measure, about, model)
+    labelled_rows("other texts than the calibration's")
+    saved("calibration", "`alpaca calibrate`")
+    about = "draw accuracy against confidence into this .svg or .png"
+    add("--diagram", type=diagram_of, metavar="FILE", help=about)
+    about = "also how often a label depends on the order in which the prompt names them; reads each text once a label"
+    add("--order", action="store_true", help=about)
+    add("--json", action="store_true", help="print one JSON object")
 
     add = command("tokens", "TEXT ...", commands.run_tokens, "show each text as the model's tokens", rows, model)
     add("--next", type=int, default=0, metavar="N", help="also the N likeliest next tokens, with the text as prompt")

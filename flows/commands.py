@@ -3,11 +3,6 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
-from rich.console import RenderableType
 
 from alpaca_core import (
     Calibration,
@@ -17,9 +12,8 @@ from alpaca_core import (
     Token,
     TokenProbability,
     answer,
+    cascade,
     classify,
-    fit_calibration,
-    fit_policy,
     generate,
     is_outlier,
     judge,
@@ -35,11 +29,9 @@ from alpaca_core.rows import map_rows
 from alpaca_core.spec import YES_NO, Value
 from prefect_alpaca.flows import terminal
 from prefect_alpaca.flows.doctor import Check, examine
-from prefect_alpaca.flows.options import labelled_texts, one_line, reference_of, sampling_of, spec_of, texts_of
+from prefect_alpaca.flows.options import reference_of, sampling_of, spec_of, texts_of
 from prefect_alpaca.flows.routing import route
-from prefect_alpaca.flows.running import opened, print_json, print_rows, progress_bar, quiet
-
-Kind = TypeVar("Kind", Calibration, Policy)
+from prefect_alpaca.flows.running import opened, print_json, print_rows, progress_bar, quiet, saved
 
 
 class TokenRow(Value):
@@ -111,6 +103,27 @@ def run_judge(options: argparse.Namespace) -> int:
     return _print_judgments(options, texts, rows, policy)
 
 
+def run_cascade(options: argparse.Namespace) -> int:
+    """Judge each text by the logits, and reason about close ones."""
+    texts, sampling = texts_of(options.texts), sampling_of(options)
+    calibration = saved(Calibration, options.calibration)
+    reasoned_calibration = saved(Calibration, options.reasoned_calibration)
+    with opened(options) as model, progress_bar("cascade", len(texts)) as progress:
+        rows = cascade(
+            model,
+            texts,
+            options.labels or YES_NO,
+            margin=options.margin,
+            sampling=sampling,
+            instruction=options.instruction,
+            show_labels=options.show_labels,
+            calibration=calibration,
+            reasoned_calibration=reasoned_calibration,
+            progress=progress,
+        )
+    return print_rows(options, rows, lambda: [terminal.cascade_view(texts, rows)])
+
+
 def run_classify(options: argparse.Namespace) -> int:
     """Sort texts into categories."""
     texts = texts_of(options.texts)
@@ -135,7 +148,7 @@ def run_same_meaning(options: argparse.Namespace) -> int:
     if len(texts) % 2:
         raise InvalidRequest(f"texts are compared two by two, but got {len(texts)} of them. Add one, or drop one.")
     firsts, seconds = texts[::2], texts[1::2]
-    calibration = _saved(Calibration, options.calibration)
+    calibration = saved(Calibration, options.calibration)
     with opened(options) as model, progress_bar("same-meaning", len(firsts)) as progress:
         rows = same_meaning(
             model, firsts, seconds, min_coverage=options.min_coverage, calibration=calibration, progress=progress
@@ -147,7 +160,7 @@ def run_same_meaning(options: argparse.Namespace) -> int:
 def run_is_outlier(options: argparse.Namespace) -> int:
     """Judge whether each text is of another kind than the reference rows."""
     texts, reference = texts_of(options.texts), reference_of(options.reference)
-    calibration = _saved(Calibration, options.calibration)
+    calibration = saved(Calibration, options.calibration)
     with opened(options) as model, progress_bar("is-outlier", len(texts)) as progress:
         rows = is_outlier(model, texts, reference, calibration=calibration, progress=progress)
     return print_rows(options, rows, lambda: [terminal.outliers_view(texts, rows)])
@@ -156,7 +169,7 @@ def run_is_outlier(options: argparse.Namespace) -> int:
 def run_rate(options: argparse.Namespace) -> int:
     """Rate each text on a scale."""
     texts = texts_of(options.texts)
-    calibration = _saved(Calibration, options.calibration)
+    calibration = saved(Calibration, options.calibration)
     with opened(options) as model, progress_bar("rate", len(texts)) as progress:
         rows = rate(
             model,
@@ -178,94 +191,10 @@ def _print_judgments(
 
 
 def _calibration_and_policy(options: argparse.Namespace) -> tuple[Calibration | None, Policy | None]:
-    calibration, policy = _saved(Calibration, options.calibration), _saved(Policy, options.policy)
+    calibration, policy = saved(Calibration, options.calibration), saved(Policy, options.policy)
     if policy:
         policy.check(calibration.digest if calibration else None)  # before the model is loaded
     return calibration, policy
-
-
-def _saved(kind: type[Kind], name: str | None) -> Kind | None:
-    """Return a calibration or a policy: from a file, or from the Prefect server by its name."""
-    if not name:
-        return None
-    if Path(name).is_file():
-        try:
-            return kind.model_validate_json(Path(name).read_bytes())
-        except ValidationError as error:
-            what = kind.__name__.lower()
-            raise InvalidRequest(f"{name} is no {what}: {one_line(error)}. Name a file that holds one.") from error
-    from prefect_alpaca.tasks.named import load_named
-
-    with quiet(f"Asking the Prefect server for {name} …"):
-        return load_named(kind, name)
-
-
-def run_calibrate(options: argparse.Namespace) -> int:
-    """Fit a calibration, write it, save it, show it."""
-    texts, gold = labelled_texts(options.file)
-    with opened(options) as model, progress_bar("calibrate", len(texts)) as progress:
-        fitted = fit_calibration(
-            model,
-            texts,
-            options.labels or YES_NO,
-            gold,
-            method=options.method,
-            progress=progress,
-            **_question(options),
-        )
-    return _keep(options, fitted, terminal.calibration_view(fitted))
-
-
-def run_fit_policy(options: argparse.Namespace) -> int:
-    """Fit a policy on judgments of labelled texts, write it, save it, show it."""
-    texts, gold = labelled_texts(options.file)
-    if gold is None:
-        raise InvalidRequest(f'a policy is fitted on lines with a "label", but {options.file} has none. Label them.')
-    calibration = _saved(Calibration, options.calibration)
-    with opened(options) as model, progress_bar("judge", len(texts)) as progress:
-        judged = judge(
-            model,
-            texts,
-            options.labels or YES_NO,
-            calibration=calibration,
-            progress=progress,
-            **_question(options),
-        )
-    policy = fit_policy(judged, gold, precision=options.precision, confidence=options.confidence, review=options.review)
-    return _keep(options, policy, terminal.policy_view(policy))
-
-
-def _question(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how the command that `options` are for asks about a text."""
-    if options.command == "judge":
-        names = ("instruction", "show_labels", "letters", "rotate_labels")
-        return {name: getattr(options, name) for name in names}
-    if options.show_labels or options.letters or options.rotate_labels:
-        raise InvalidRequest(
-            "classify never names its labels in the prompt, so --show-labels, --letters and --rotate-labels have no "
-            "use. Drop them."
-        )
-    return {
-        "instruction": options.instruction or prompts.CLASSIFY,
-        "show_labels": False,
-        "template": options.template or "raw",
-    }
-
-
-def _keep(options: argparse.Namespace, value: Calibration | Policy, view: RenderableType) -> int:
-    """Write, save and show what was fitted."""
-    if options.out:
-        options.out.write_text(value.model_dump_json(indent=2), encoding="utf-8")
-    if options.name:
-        from prefect_alpaca.tasks.named import save_named
-
-        with quiet(f"Saving {options.name} at the Prefect server …"):
-            save_named(options.name, value)
-    if options.json:
-        print_json(value.model_dump(mode="json"))
-    else:
-        terminal.console.print(view)
-    return 0
 
 
 def run_tokens(options: argparse.Namespace) -> int:
@@ -273,7 +202,10 @@ def run_tokens(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
     with opened(options) as model:
         shown = show_tokens(model, texts)
-        after = next_tokens(model, texts, options.next) if options.next else [()] * len(texts)
+        after: Sequence[tuple[TokenProbability, ...] | RowError] = [()] * len(texts)
+        if options.next:
+            with progress_bar("tokens", len(texts)) as progress:
+                after = next_tokens(model, texts, options.next, progress=progress)
     rows = map_rows(lambda text, tokens, best: TokenRow(text=text, tokens=tokens, next=best), texts, shown, after)
     return print_rows(
         options,

@@ -12,9 +12,9 @@ from alpaca_core import Calibration, Judgment, ModelSpec, Policy, RowError, prom
 from alpaca_core.errors import AlpacaError
 from alpaca_core.judging import MOST_SAMPLES, Method
 from alpaca_core.model import DEFAULT_ADAPTER
-from alpaca_core.spec import TemplateName
+from alpaca_core.spec import SEEDS, OptionalText, TemplateName
 from prefect_alpaca import tasks
-from prefect_alpaca.flows.options import label_name, label_of
+from prefect_alpaca.flows.options import Choices, label_name, label_of
 from prefect_alpaca.flows.report import bar, cell, inline, leave, quote, table
 from prefect_alpaca.flows.review import ask_person, leave_review, saved_policy
 from prefect_alpaca.flows.routing import Routed, route, statement
@@ -38,20 +38,20 @@ def judge_texts(
         "The keeper saved two penalties, and the cup goes to the second division.",
         "Shares of the chip maker fell after it lowered its forecast.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = ["World", "Sports", "Business", "Technology"],  # noqa: B006
-    instruction: str | None = "Classify this headline.",
+    labels: Choices = ["World", "Sports", "Business", "Technology"],  # noqa: B006
+    instruction: OptionalText = "Classify this headline.",
     show_labels: bool | None = False,
     letters: bool = False,
     rotate_labels: bool = False,
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    calibration: str | None = None,
+    calibration: OptionalText = None,
     method: Method = "logits",
     samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10,
-    seed: Annotated[int, Field(ge=0)] = 0,
-    policy: str | None = None,
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 0,
+    policy: OptionalText = None,
     ask_a_person: bool = False,
     ask_timeout: Annotated[int, Field(ge=1)] = 3600,
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge texts by the model's logits: a label, the probability of every label, and the coverage.
@@ -81,7 +81,6 @@ def judge_texts(
         AlpacaError: If every text failed, the labels cannot be told apart, the policy is for another
             calibration, or nobody answered in time.
     """
-    instruction = instruction if instruction and instruction.strip() else None  # a form sends an emptied field as ""
     choices = [label_of(label) for label in labels]
     calibrated = saved_calibration(calibration)
     routes = saved_policy(policy, calibrated, ask_a_person=ask_a_person)
@@ -126,7 +125,7 @@ def classify_texts(
         "How many euros do I get for a dollar?",
         "Somebody took my wallet with the card in it.",
     ],
-    labels: Annotated[list[str], Field(min_length=2)] = [  # noqa: B006
+    labels: Choices = [  # noqa: B006
         "card delivery",
         "lost or stolen card",
         "exchange rate",
@@ -135,11 +134,11 @@ def classify_texts(
     instruction: str = prompts.CLASSIFY,
     template: TemplateName = "raw",
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    calibration: str | None = None,
-    policy: str | None = None,
+    calibration: OptionalText = None,
+    policy: OptionalText = None,
     ask_a_person: bool = False,
     ask_timeout: Annotated[int, Field(ge=1)] = 3600,
-    adapter: str | None = DEFAULT_ADAPTER,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Sort texts into categories, a few or hundreds, each of one word or several, by the model's logits.
@@ -206,9 +205,9 @@ def saved_calibration(name: str | None) -> Calibration | None:
     return load_named(Calibration, name) if name else None
 
 
-def calibrated_by(name: str | None, calibration: Calibration | None) -> str:
+def calibrated_by(name: str | None, calibration: Calibration | None, calibrated: str = "Calibrated") -> str:
     """Say on a page which calibration made its probabilities, if any."""
-    return f"Calibrated by {inline(name)}, digest {calibration.digest[:12]}\n\n" if name and calibration else ""
+    return f"{calibrated} by {inline(name)}, digest {calibration.digest[:12]}\n\n" if name and calibration else ""
 
 
 def _routed_by(name: str | None, policy: Policy | None) -> str:

@@ -4,14 +4,20 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Annotated, NoReturn, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from alpaca_core import Label, ModelSpec, Sampling
 from alpaca_core.errors import InvalidRequest
+from alpaca_core.labels import MOST_LABELS
+from alpaca_core.measuring import DIAGRAMS
 from alpaca_core.spec import EMBEDDED_MODEL, TemplateName
+
+Choices = Annotated[list[str], Field(min_length=2, max_length=MOST_LABELS)]
+"""The labels of a flow, each as `label_of` reads it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +109,21 @@ def label_name(label: str | Label) -> str:
     return label if isinstance(label, str) else label.name
 
 
+def check_gold(gold: Sequence[str], labels: Sequence[str | Label]) -> None:
+    """Refuse right labels that are none of the labels, before a model is loaded.
+
+    Raises:
+        InvalidRequest: For the first such row, counted from 0.
+    """
+    names = [label_name(label) for label in labels]
+    for row, label in enumerate(gold):
+        if label not in names:
+            known = ", ".join(map(repr, names))
+            raise InvalidRequest(
+                f"gold names a label of its row ({known:.200}), but row {row} has {label!r:.80}. Spell it alike."
+            )
+
+
 def texts_of(arguments: list[str]) -> list[str]:
     """Return the texts: the arguments, or the lines of standard input for ``-``.
 
@@ -169,6 +190,18 @@ def share_of(text: str) -> float:
     if not 0.0 < share < 1.0:
         raise argparse.ArgumentTypeError(f"it lies above 0 and below 1, but got {text!r:.80}. Use 0.9 to 0.99.")
     return share
+
+
+def diagram_of(text: str) -> Path:
+    """Read the path of a picture that can be drawn.
+
+    Raises:
+        argparse.ArgumentTypeError: For another suffix, so that argparse names the option.
+    """
+    path = Path(text)
+    if path.suffix.lower() not in DIAGRAMS:
+        raise argparse.ArgumentTypeError(f"a diagram is a {' or a '.join(DIAGRAMS)}, but got {text!r:.80}. Rename it.")
+    return path
 
 
 def _content(path: str, what: str) -> str:

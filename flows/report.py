@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from alpaca_core.errors import AlpacaError
 from alpaca_core.model import RowError
-from prefect_alpaca.flows.terminal import printable
+from prefect_alpaca.flows.terminal import escape_note, printable
 from prefect_alpaca.tasks import Json
 
 MOST_SHOWN = 100
@@ -67,9 +67,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + _more(len(rows))
 
 
-def sections(parts: Sequence[tuple[str, str]]) -> str:
-    """Write numbered sections, each of a heading that is a text and a body that is Markdown already."""
-    written = [f"### {place}. {inline(title)}\n\n{body}" for place, (title, body) in enumerate(parts[:MOST_SHOWN], 1)]
+def sections(parts: Sequence[tuple[str, str]], numbers: Sequence[int] | None = None) -> str:
+    """Write numbered sections, each of a heading that is a text and a body that is Markdown already.
+
+    Args:
+        parts: Heading and body of each.
+        numbers: Of the sections; from 1 on unless said.
+    """
+    numbered = list(zip(numbers or range(1, len(parts) + 1), parts, strict=True))[:MOST_SHOWN]
+    written = [f"### {number}. {inline(title)}\n\n{body}" for number, (title, body) in numbered]
     return "\n\n---\n\n".join(written) + _more(len(parts))
 
 
@@ -93,7 +99,7 @@ def leave(
         about: What both artifacts show of each row, in a sentence.
         status: Of the model, from the task `load_model`.
         page: Markdown.
-        rows: The table.
+        rows: The table, a row for each result; where text was escaped it gets a column that says so.
         results: Values of the core and `RowError`, which are counted.
 
     Raises:
@@ -104,6 +110,10 @@ def leave(
     by = f"{inline(status['name'])} on {status['device']}, digest {status['digest'][:12]}"
     if failed:
         by += f" · **{len(failed)} of {len(results)} failed**"
+    if note := escape_note(results):
+        by += f" · {note}"
+        pairs = zip(rows, results, strict=True)
+        rows = [{**row, "escaped": getattr(result, "escaped", None)} for row, result in pairs]
     create_markdown_artifact(f"# {title}\n\n{by}\n\n{page}\n", key=key, description=about)
     create_table_artifact(list(rows[:MOST_TABLE_ROWS]), key=f"{key}-table", description=about)
     if failed and len(failed) == len(results):

@@ -1,20 +1,26 @@
-"""What the commands of `alpaca` do around a verb: load the model, show progress, print rows."""
+"""What the commands of `alpaca` do around a verb: load the model, show progress, print rows, read what was saved."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TypeVar
 
+from pydantic import ValidationError
 from rich.console import Console, RenderableType
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-from alpaca_core import LanguageModel, RowError, load_model
+from alpaca_core import Calibration, LanguageModel, Policy, RowError, load_model
+from alpaca_core.errors import InvalidRequest
 from alpaca_core.rows import Progress
 from alpaca_core.spec import Value
 from prefect_alpaca.flows import terminal
-from prefect_alpaca.flows.options import spec_of
+from prefect_alpaca.flows.options import one_line, spec_of
+
+Kind = TypeVar("Kind", Calibration, Policy)
 
 
 @contextmanager
@@ -51,7 +57,8 @@ def print_rows(
         for row in rows:
             print_json(row.model_dump(mode="json"))
     else:
-        terminal.console.print(*views(), sep="\n")
+        note = terminal.escape_note(rows)
+        terminal.console.print(*views(), *([terminal.text(note, "yellow")] if note else []), sep="\n")
     return 1 if any(isinstance(row, RowError) for row in rows) else 0
 
 
@@ -61,3 +68,19 @@ def print_json(value: object) -> None:
     is_utf8 = line.encode(encoding, "replace") == line.encode("utf-8", "surrogatepass")
     is_line = len(line.splitlines()) == 1  # U+2028 and its like end a line for some readers
     print(line if is_utf8 and is_line else json.dumps(value), flush=True)
+
+
+def saved(kind: type[Kind], name: str | None) -> Kind | None:
+    """Return a calibration or a policy: from a file, or from the Prefect server by its name."""
+    if not name:
+        return None
+    if Path(name).is_file():
+        try:
+            return kind.model_validate_json(Path(name).read_bytes())
+        except ValidationError as error:
+            what = kind.__name__.lower()
+            raise InvalidRequest(f"{name} is no {what}: {one_line(error)}. Name a file that holds one.") from error
+    from prefect_alpaca.tasks.named import load_named
+
+    with quiet(f"Asking the Prefect server for {name} …"):
+        return load_named(kind, name)

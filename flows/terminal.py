@@ -11,8 +11,11 @@ from rich.text import Text
 from alpaca_core import (
     Answer,
     Calibration,
+    CascadeJudgment,
     Completion,
     Judgment,
+    Measurement,
+    OrderEffect,
     Outlier,
     Policy,
     Rating,
@@ -23,6 +26,9 @@ from alpaca_core import (
 from prefect_alpaca.flows.routing import Routed, statement
 
 console = Console(highlight=False)
+
+MOST_PLACES = 10
+"""Rows that a note names by their numbers."""
 
 _UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
 
@@ -57,6 +63,20 @@ def columns(distribution: Mapping[str, float]) -> str:
 def failure(error: RowError) -> Text:
     """Say why a row failed."""
     return Text.assemble(("failed ", "bold red"), printable(error.message))
+
+
+def escape_note(rows: Sequence[object]) -> str:
+    """Say in which rows a line of text got a leading space; nothing where none did.
+
+    Args:
+        rows: Values of the core, those with `escaped` among them, and `RowError`.
+    """
+    places = [f"{place:,}" for place, row in enumerate(rows, 1) if getattr(row, "escaped", False)]
+    if not places:
+        return ""
+    more = f" and {len(places) - MOST_PLACES:,} more" if len(places) > MOST_PLACES else ""
+    where = f"row{'' if len(places) == 1 else 's'} {', '.join(places[:MOST_PLACES])}{more}"
+    return f"a line of text that reads like a marker of the prompt template got a leading space: {where}"
 
 
 def completion_view(prompt: str, row: Completion | RowError, *, several: bool) -> RenderableType:
@@ -117,6 +137,48 @@ def judgment_view(row: Judgment) -> RenderableType:
     return Group(table, *action, text("; ".join(notes), "dim"))
 
 
+def cascade_view(texts: Sequence[str], rows: Sequence[CascadeJudgment | RowError]) -> RenderableType:
+    """Show the judgments of a cascade as a table, a single one in full with its reasoning, and what was spent."""
+    if len(rows) == 1:
+        return failure(rows[0]) if isinstance(rows[0], RowError) else _cascaded(rows[0])
+
+    def cells(row: CascadeJudgment) -> list[RenderableType]:
+        label = text(row.label, "bold") if row.label else Text("none", "yellow")
+        share = bar(row.probabilities[row.label]) if row.label else ""
+        reasoned = row.reasoning is not None
+        return [label, share, "reasoned" if reasoned else "by logits", text(row.first_label or "none")]
+
+    shown = [row if isinstance(row, RowError) else cells(row) for row in rows]
+    table = _rows(texts, ["Label", "Probability", "Judged", "First label"], shown)
+    return Group(table, text(savings(rows), "dim"))
+
+
+def _cascaded(row: CascadeJudgment) -> RenderableType:
+    if row.reasoning is None:
+        return judgment_view(row)
+    first = f"{row.first_label} {row.first[row.first_label]:.2f}" if row.first_label else "none"
+    before = f"label before the reasoning: {first}; tokens spent: {row.reasoning_tokens:,}"
+    return Group(text(row.reasoning, "dim"), judgment_view(row), text(before, "dim"))
+
+
+def savings(rows: Sequence[CascadeJudgment | RowError]) -> str:
+    """Say how many texts a cascade reasoned about, and what that took and saved; what it saved is an estimate."""
+    judged = [row for row in rows if isinstance(row, CascadeJudgment)]
+    tokens = [row.reasoning_tokens for row in judged if row.reasoning is not None]
+    spent, spared = sum(tokens), len(judged) - len(tokens)
+    if not tokens:
+        saved = "unknown, since none was reasoned about"
+    elif not spared:
+        saved = "0"
+    else:
+        mean = spent / len(tokens)
+        saved = f"about {mean * spared:,.0f} (an estimate: {mean:,.1f}, the mean of a reasoning, for each other text)"
+    return (
+        f"reasoned about {len(tokens):,} of {len(judged):,}; tokens spent: {spent:,}; "
+        f"tokens saved against reasoning about all: {saved}"
+    )
+
+
 def outliers_view(texts: Sequence[str], rows: Sequence[Outlier | RowError]) -> RenderableType:
     """Show how probably each text is of another kind."""
 
@@ -138,6 +200,43 @@ def ratings_view(texts: Sequence[str], rows: Sequence[Rating | RowError]) -> Ren
 
     shown = [row if isinstance(row, RowError) else cells(row) for row in rows]
     return _rows(texts, ["Score", "Worst to best", "Coverage"], shown)
+
+
+def measurement_view(
+    measured: Measurement, order: OrderEffect | None, failed: Sequence[tuple[int, RowError]]
+) -> RenderableType:
+    """Show how good judgments are: each measure with its interval, and how it is read.
+
+    Args:
+        measured: From `measure`.
+        order: From `measure_order`, where that was asked for.
+        failed: The rows that failed, each with its number.
+    """
+    lines = [
+        ("accuracy", measured.accuracy, "share of labels that are right"),
+        ("macro F1", measured.macro_f1, "mean over labels"),
+        ("Brier", measured.brier, "0 to 2; 0 is best"),
+        ("NLL", measured.nll, "nats; 0 is best"),
+        ("AUROC", measured.auroc, "0.5 is chance, 1 is best"),
+        ("AURC", measured.aurc, "mean error rate of the k surest; 0 is best"),
+        ("ECE", measured.ece, f"a calibrated judge would show {measured.ece_if_calibrated:.3f}"),
+        ("answered", measured.answered, "share of rows with a label"),
+    ]
+    if order:
+        about = f"orders that change a label; in {order.unstable:.1%} of rows one does"
+        lines.append(("order flips", order.flip_rate, about))
+    rows = f"rows: {measured.n:,} with a label, {measured.abstained:,} without, {measured.failed:,} failed"
+    table = _table(text(rows, "bold"), "measure", "value", "95 % interval", "")
+    for name, found, about in lines:
+        value = "undefined" if found.value is None else f"{found.value:.3f}"
+        interval = "" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
+        table.add_row(name, Text(value, "bold"), interval, Text(about, "dim"))
+    coverage = ", ".join(f"{name} {value:.2g}" for name, value in measured.coverage.items())
+    notes = [text(f"coverage, quantiles: {coverage}")]
+    if order:
+        notes.append(text("labels by place in the prompt: " + ", ".join(f"{share:.3f}" for share in order.by_place)))
+    first = [Text.assemble(f"row {place:,} ", failure(error)) for place, error in failed[:1]]
+    return Group(table, *notes, *first)
 
 
 def calibration_view(calibration: Calibration) -> RenderableType:

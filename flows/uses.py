@@ -8,6 +8,7 @@ from pydantic import Field
 
 from alpaca_core import Judgment, ModelSpec, Outlier, Rating, RowError
 from alpaca_core.model import DEFAULT_ADAPTER
+from alpaca_core.spec import OptionalText
 from alpaca_core.uses import MOST_REFERENCES, outlier_question, pairs, rating_question
 from prefect_alpaca import tasks
 from prefect_alpaca.flows.judging import calibrated_by, saved_calibration
@@ -32,8 +33,8 @@ def compare_texts(
         "The company will open three new shops in spring.",
     ],
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.0,
-    calibration: str | None = None,
-    adapter: str | None = DEFAULT_ADAPTER,
+    calibration: OptionalText = None,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Judge whether the two texts of each pair mean the same, by the model's logits.
@@ -90,8 +91,8 @@ def find_outliers(
         "We waited an hour for a burger that was burnt.",
         "Small portions, but every dish was a delight.",
     ],
-    calibration: str | None = None,
-    adapter: str | None = DEFAULT_ADAPTER,
+    calibration: OptionalText = None,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Find the rows that are of another kind than the reference rows, by the model's logits.
@@ -144,8 +145,8 @@ def rate_texts(
     criterion: str = "How fluent is this text?",
     worst: Annotated[int, Field(ge=0)] = 1,
     best: Annotated[int, Field(ge=1)] = 5,
-    calibration: str | None = None,
-    adapter: str | None = DEFAULT_ADAPTER,
+    calibration: OptionalText = None,
+    adapter: OptionalText = DEFAULT_ADAPTER,
     model: ModelSpec = ModelSpec(),
 ) -> list[Json]:
     """Rate texts on a scale by the mean of the model's probabilities of all its steps.

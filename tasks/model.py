@@ -1,17 +1,23 @@
-"""The models of this process: each loaded once, kept warm, shared by every task that runs here."""
+"""The models of this process: each loaded once, kept warm, shared by every task that runs here.
+
+Specs that differ only in their template share one load. A model is kept until the process ends.
+"""
 
 import atexit
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_logger, get_run_logger
 
 import alpaca_core
-from alpaca_core import LanguageModel, ModelSpec
+from alpaca_core import Completion, LanguageModel, ModelSpec, RowError
+from alpaca_core.model import GenerateRow, ModelInfo, ScoreRow
+from alpaca_core.tokenizer import Tokenizer
 
 # A lock and not functools.cache: under the thread runner a cached loader ran once in each of four threads.
 _lock = threading.Lock()
@@ -26,11 +32,32 @@ def loaded(spec: ModelSpec) -> LanguageModel:
     stand_ins = list(_stand_ins.values())  # a copy: another thread may end its block meanwhile
     if stand_ins:
         return stand_ins[-1]
+    # A template decides no weight. A batch size does not either, but belongs to the engine, as its adapter in use does.
+    recipe = spec.model_copy(update={"template": "auto"})
     with _lock:
-        if spec not in _models:
+        if recipe not in _models:
             run_logger().info("Loading %s", spec.base_model)
-            _models[spec] = _open.enter_context(alpaca_core.load_model(spec))
-        return _models[spec]
+            _models[recipe] = _open.enter_context(alpaca_core.load_model(recipe))
+        model = _models[recipe]
+    return model if spec == recipe else _Templated(model, model.info.model_copy(update={"template": spec.template}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Templated:
+    """A model that is asked by another template: the same weights, another `info`."""
+
+    model: LanguageModel
+    info: ModelInfo
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
+        return self.model.generate(rows)
+
+    def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
+        return self.model.loglikelihood(rows)
 
 
 @contextmanager

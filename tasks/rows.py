@@ -60,8 +60,9 @@ def run_verb(
     """
     check_rows("rows", rows)
     spec = ModelSpec.model_validate(spec)
-    if settings.get("calibration") is not None:
-        settings["calibration"] = Calibration.model_validate(settings["calibration"])
+    for name in ("calibration", "reasoned_calibration"):
+        if settings.get(name) is not None:
+            settings[name] = Calibration.model_validate(settings[name])
     model, logger = loaded(spec), run_logger()
     started = time.monotonic()
     with progress_bar(verb.__name__, len(rows)) as progress:

@@ -1,6 +1,7 @@
 """The house: which room may import which, what each package exports, and how long a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "prefect_alpaca.flows.demo",
     "prefect_alpaca.flows.cli",
     "prefect_alpaca.flows.commands",
+    "prefect_alpaca.flows.labelled",
     "prefect_alpaca.flows.running",
     "prefect_alpaca.flows.doctor",
     "prefect_alpaca.flows",
     "prefect_alpaca.flows.answering",
     "prefect_alpaca.flows.choosing",
     "prefect_alpaca.flows.uses",
+    "prefect_alpaca.flows.cascading",
     "prefect_alpaca.flows.judging",
     "prefect_alpaca.flows.review",
     "prefect_alpaca.flows.report",
@@ -129,6 +132,20 @@ def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
                 yield inner if inner in ROOMS else str(node.module)
 
 
+def mapped() -> list[str]:
+    """The paths of the README's file map, in its order; a line that is set in lies in the folder above it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Where things are", 1)[1]
+    folders: list[str] = []
+    paths = []
+    for line in section.split("```")[1].splitlines()[1:]:
+        found = re.match(r"( *)(\S+)  +\S", line)
+        assert found, f"{line!r} names no file and says what it is"
+        depth, name = len(found[1]) // 2, found[2]
+        folders[depth:] = [name] if name.endswith("/") else []
+        paths.append("".join([*folders[:depth], name]))
+    return paths
+
+
 def test_every_module_has_its_floor() -> None:
     assert sorted(modules()) == sorted(ROOMS)
 
@@ -139,6 +156,30 @@ def test_imports_run_downwards(name: str) -> None:
         imported
         for imported in imports(modules()[name], everywhere=True)
         if imported in ROOMS and ROOMS.index(imported) <= ROOMS.index(name)
+    ]
+    assert upwards == []
+
+
+def test_the_readme_maps_every_file_once_and_none_that_is_gone() -> None:
+    tree = [
+        str(path.relative_to(ROOT))
+        for folder in ("alpaca_core", "tasks", "flows", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    assert len(mapped()) == len(set(mapped()))
+    assert [path for path in mapped() if not (ROOT / path).exists()] == []
+    assert sorted(set(tree) - set(mapped())) == []
+
+
+def test_the_readme_maps_the_core_from_the_top_down() -> None:
+    names = {path: name for name, path in modules().items()}
+    order = [names[ROOT / path] for path in mapped() if path.startswith("alpaca_core/") and path.endswith(".py")]
+    upwards = [
+        f"{name} imports {imported}"
+        for name in order
+        for imported in imports(modules()[name], everywhere=True)
+        if imported in order and order.index(imported) <= order.index(name)
     ]
     assert upwards == []
 
@@ -252,6 +293,7 @@ def test_tasks_export_sorted_and_pinned_names() -> None:
 def test_flows_export_sorted_and_pinned_names() -> None:
     assert prefect_alpaca.flows.__all__ == [
         "answer_question",
+        "cascade_texts",
         "classify_texts",
         "compare_texts",
         "find_outliers",

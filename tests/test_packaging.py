@@ -1,5 +1,6 @@
 """What is shipped: the wheel works alone, the pins fit the ranges, `make` and CI say what they do."""
 
+import ast
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier, line
     assert lines == sorted(lines, key=str.lower)
     assert "+" not in "".join(lines), "a local version, such as torch's +cpu, exists on one kind of machine only"
+
+
+def test_every_import_is_of_a_declared_dependency() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["project"]["dependencies"]}
+    distributions = packages_distributions()
+    known = sys.stdlib_module_names | {"alpaca_core", "prefect_alpaca", "triton"}  # torch for CUDA brings triton
+    undeclared = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        for module in imported(path)
+        if (top := module.split(".")[0]) not in known
+        and not declared & {canonicalize_name(name) for name in distributions.get(top, [])}
+    ]
+    assert undeclared == []
+
+
+def imported(path: Path) -> list[str]:
+    """The modules that a file imports, those inside functions and for types alone too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
 
 
 def test_make_alone_lists_every_target_with_what_it_does() -> None:

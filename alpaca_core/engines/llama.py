@@ -26,8 +26,8 @@ def runs(network: PreTrainedModel | PeftModel) -> bool:
     """Say whether `Llama` computes what this network computes.
 
     Not so for other families, other positions than fixed rotary ones, attention that is not causal in all
-    layers within the context, weights on several devices or away until used, and adapters of the embedding or
-    the head.
+    layers within the context, weights on several devices or away until used, adapters of the embedding or
+    the head, and float32 on a GPU, where the kernels' products would round to TF32.
     """
     base: Any = network.base_model.model if isinstance(network, PeftModel) else network
     if type(base) not in _FAMILIES:
@@ -47,6 +47,7 @@ def runs(network: PreTrainedModel | PeftModel) -> bool:
         and all(name.endswith(_PROJECTIONS) for name in wrapped)
         and not any(hasattr(module, "_hf_hook") for module in modules.values())
         and len({parameter.device for parameter in base.parameters()}) == 1
+        and not (base.device.type == "cuda" and base.dtype == torch.float32)
         and not any(getattr(module, "use_dora", {}).get(name) for module in layers for name in _names(network))
     )
 

@@ -24,8 +24,8 @@ from alpaca_core.model import ScoreRow, Trie
 _WIDTH = 256
 """Inner nodes of a row that are read in one pass."""
 
-_LOGITS = 2**24
-"""Logits that are held at once: 64 MiB of float32; one node of each row is the least."""
+_LOGITS = 2**25
+"""Logits that are held at once: 128 MiB of float32; one node of each row is the least."""
 
 Ints = NDArray[numpy.int64]
 

@@ -1,7 +1,6 @@
 """Tokenizers of several families, LLaMA's own among them."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,7 @@ from alpaca_core import ModelSpec, load_model
 from alpaca_core.model import LanguageModel
 from alpaca_core.tokenizer import Tokenizer
 from tests.core.vocabularies import FAMILIES, llama_model_proto
-
-LLAMA_VOCABULARY = Path(__file__).parents[3] / "shared" / "data" / "llama_vocab.json"
+from tests.data import needed
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +21,11 @@ def embedded() -> LanguageModel:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """LLaMA's own tokenizer, rebuilt from its vocabulary and converted as a checkpoint's would be."""
-    if not LLAMA_VOCABULARY.exists():
-        pytest.skip("the pieces of LLaMA's vocabulary (llama_vocab.json) are not on this machine")
+    vocabulary = needed("llama_vocab.json")
     from alpaca_core.engines.conversion import convert_tokenizer
 
     source, converted = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("converted")
-    pieces = json.loads(LLAMA_VOCABULARY.read_text(encoding="utf-8"))
+    pieces = json.loads(vocabulary.read_text(encoding="utf-8"))
     (source / "tokenizer.model").write_bytes(llama_model_proto(pieces))
     (source / "config.json").write_text('{"model_type": "llama"}')
     convert_tokenizer(source, converted)

@@ -274,6 +274,25 @@ def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str,
         answer(world(), ["Capital?"], **settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0, "got 0."),
+        (-3, "got -3."),
+        (1.5, "got 1.5."),
+        ("2", "got '2'."),
+        (10**5000, "got a whole number of 16,610 bits."),
+    ],
+    ids=["zero", "negative", "float", "text", "huge"],
+)
+@pytest.mark.parametrize("name", ["max_attempts", "samples", "conclusion_tokens"])
+def test_a_refused_number_is_told_and_a_huge_one_in_short(name: str, given: object, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=name) as refused:
+        answer(world(), ["Capital?"], WARM, **{name: given})
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
 def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="2 rows"):
         verify(world(), ["a", "b"], ["a"])

@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca_core import Judgment, RowError, judge
+from alpaca_core import Judgment, RowError, cascade, classify, judge, measure_order
 from alpaca_core.calibration import FLOOR, Binding, Calibration
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.fitting import _FITS, _cross_validated, _pick, _Rows, fit_calibration
@@ -169,6 +170,13 @@ def test_applied_it_gives_a_distribution_whatever_the_masses_are(masses: list[fl
 def test_what_cannot_be_fitted_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         fit_calibration(**{"model": SKEWED, "texts": TEXTS, "labels": LABELS} | settings)
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, "headlines", 1.5], ids=repr)
+@pytest.mark.parametrize("verb", [judge, cascade, classify, measure_order])
+def test_what_is_no_calibration_is_refused_with_the_way_to_one(verb: Callable[..., object], given: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"calibration is a Calibration, but got .* fit_calibration"):
+        verb(SKEWED, ["cloud"], LABELS, calibration=given)
 
 
 def test_samples_have_no_use_for_a_calibration() -> None:

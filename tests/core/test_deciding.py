@@ -341,3 +341,9 @@ def test_only_judgments_are_decided() -> None:
     with pytest.raises(InvalidRequest, match="row 1 is 'Yes'"):
         decide([judgment(0.9), "Yes"], policy(0.8))
     assert decide([], policy(0.8)) == []
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, "strict", None, 0.9], ids=repr)
+def test_what_is_no_policy_is_refused_with_the_way_to_one(given: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"policy is a Policy, but got .* fit_policy"):
+        decide([judgment(0.9)], given)

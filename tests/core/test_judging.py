@@ -119,6 +119,8 @@ def test_a_row_beyond_the_context_is_its_own_error() -> None:
         {"method": "sampled", "samples": 0},
         {"method": "sampled", "samples": 2.5},
         {"method": "sampled", "seed": -1},
+        {"method": "sampled", "samples": 10**4000},
+        {"method": "sampled", "seed": -(10**5000)},
         {"instruction": ""},
         {"instruction": 7},
         {"instruction": "\ud800"},
@@ -128,7 +130,7 @@ def test_a_row_beyond_the_context_is_its_own_error() -> None:
         {"template": "chat"},
         {"template": "vicuna"},
     ],
-    ids=repr,
+    ids=lambda settings: "-".join(settings),
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):

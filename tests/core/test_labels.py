@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import pytest
 
-from alpaca_core import Label, judge
-from alpaca_core.errors import InvalidLabels
+from alpaca_core import Label, fit_calibration, judge
+from alpaca_core.errors import InvalidLabels, InvalidRequest
 from alpaca_core.labels import MOST_LABELS, TooManySpellings, as_labels, find_spellings, forms, log_sum
-from alpaca_core.model import Trie
+from alpaca_core.model import GenerateRow, ScoreRow, Trie
 from alpaca_core.spec import YES_NO
 from alpaca_core.testing import FakeModel
 from alpaca_core.tokenizer import Tokenizer, meaning
@@ -162,6 +164,42 @@ def test_long_label_sets_have_no_limit_of_nodes_unless_all_segmentations_are_cou
 def test_labels_that_cannot_be_told_apart_are_refused(labels: list[str]) -> None:
     with pytest.raises(InvalidLabels):
         judge(FakeModel("a"), ["?"], labels)
+
+
+class Untouched(TableModel):
+    """Fails the test where a judgment begins to work."""
+
+    def generate(self, rows: Sequence[GenerateRow]) -> NoReturn:
+        pytest.fail("generated")
+
+    def loglikelihood(self, rows: Sequence[ScoreRow]) -> NoReturn:
+        pytest.fail("scored")
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "says"),
+    [
+        ([], {}, "at least two labels, but got \\[\\]"),
+        (["a"], {}, "at least two labels, but got \\['a'\\]"),
+        (["a", "b", "a"], {}, "'a' is there twice"),
+        (["a", "b", "\N{FULLWIDTH LATIN SMALL LETTER A}"], {}, "Unicode form, but 'a' and 'ａ' mean the same"),
+        (["a", "zebra"], {}, "every spelling of 'zebra' is .* not in the model's vocabulary"),
+        ([f"a{'b' * number}" for number in range(1000)], {}, "at most 512 labels, but got 1,000"),
+        (["a" * 60, "b"], {"all_segmentations": True}, "8,192"),
+        (["a", "b"], {"calibration": "of another model"}, "this one has the model"),
+    ],
+    ids=["none", "one", "twice", "equal after NFKC", "no spelling", "a thousand", "segmentations", "calibration"],
+)
+def test_each_bad_set_of_labels_has_its_own_error_before_any_work(
+    labels: list[str], settings: dict[str, Any], says: str
+) -> None:
+    tokenizer = tiny_tokenizer(PIECES)
+    asked: dict[str, Any] = {"template": "raw", "show_labels": False}
+    if "calibration" in settings:
+        fitted = fit_calibration(TableModel(tokenizer, seed=1), ["b", "a"] * 5, labels, method="batch", **asked)
+        settings = {"calibration": fitted}
+    with pytest.raises(InvalidRequest, match=says):
+        judge(Untouched(tokenizer, seed=2), ["b"], labels, **asked, **settings)
 
 
 def test_a_label_outside_the_vocabulary_is_refused_before_any_work() -> None:

@@ -1,6 +1,6 @@
 """The notebook's chapters on tokens and on yes and no, on LLaMA's own tokenizer."""
 
-from alpaca_core import show_tokens, special_tokens
+from alpaca_core import describe_tokens, show_tokens, special_tokens
 from alpaca_core.labels import find_spellings
 from alpaca_core.prompts import Template
 from alpaca_core.spec import YES_NO
@@ -20,9 +20,11 @@ def test_a_text_shows_the_ids_that_the_notebook_prints(llama: Tokenizer) -> None
     assert [token.special for token in tokens] == [True] + [False] * 6
 
 
-def test_single_ids_decode(llama: Tokenizer) -> None:
-    assert [llama.decode([token]) for token in (2694, 5465, 3337)] == [" Ein", "stein", " Е"]
-    assert llama.piece(31999) == "给"
+def test_single_ids_are_described_as_the_notebook_decodes_them(llama: Tokenizer) -> None:
+    tokens = describe_tokens(TableModel(llama), [2694, 5465, 3337, 31999])
+    assert [token.text for token in tokens] == [" Ein", "stein", " Е", "给"]
+    assert [token.piece for token in tokens] == ["▁Ein", "stein", "▁Е", "给"]
+    assert not any(token.special for token in tokens)
 
 
 def test_the_special_tokens_are_unknown_begin_and_end(llama: Tokenizer) -> None:

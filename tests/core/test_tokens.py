@@ -34,13 +34,22 @@ def test_a_text_of_megabytes_is_its_rows_error() -> None:
     assert len(short) == 1
 
 
+def test_a_hopeless_text_is_refused_before_it_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeModel("")
+    monkeypatch.setattr(fake.tokenizer, "encode", lambda text: pytest.fail(f"{len(text)} characters were split"))
+    hopeless = "x" * ((100_000 + 1) * fake.tokenizer.longest_piece)
+    (row,) = show_tokens(fake, [hopeless])
+    assert isinstance(row, RowError)
+    assert (row.code, "at least 100,001" in row.message) == ("prompt_too_long", True)
+
+
 @pytest.mark.parametrize("ids", [[-1], [257], ["a"], [1.0], 3, [None], [2**70]], ids=repr)
 def test_a_token_that_does_not_exist_is_refused(ids: object) -> None:
     with pytest.raises(InvalidRequest, match="token"):
         describe_tokens(FakeModel(""), ids)
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.5, "all"])
+@pytest.mark.parametrize("n", [0, -1, 2.5, "all", -(10**5000)], ids=["zero", "negative", "float", "text", "huge"])
 def test_next_tokens_counts_from_one(n: object) -> None:
     with pytest.raises(InvalidRequest, match="n counts"):
         next_tokens(FakeModel(""), ["?"], n)

@@ -22,7 +22,7 @@ def left(prefect_api: None) -> Left:
             named = FlowFilter(name=FlowFilterName(any_=[flow]))
             run = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
             found = {each.key: each.data for each in client.read_artifacts() if each.flow_run_id == run.id and each.key}
-        assert set(found) - {f"{flow}-review"} == {flow, f"{flow}-table"}
+        assert set(found) - {f"{flow}-review", f"{flow}-margins"} == {flow, f"{flow}-table"}
         return run, str(found[flow]), json.loads(str(found[f"{flow}-table"]))
 
     return read

@@ -62,6 +62,43 @@ def test_a_model_that_says_nothing_is_not_blamed_on_the_row(silence: str) -> Non
         generate_and_judge(["Please invite."], "Friendly?", sampling=SAMPLING)
 
 
+def test_a_candidate_without_a_label_is_the_last_choice(left: Left) -> None:
+    # by their shares alone, 1/2 each, the unforeseen would win
+    fake = FakeModel({"Stay away.": {"Yes": 0.1, "No": 0.9}, "invite": {"Stay away.": 0.3, "What?": 0.7}}, "What?")
+    with use_model(fake):
+        rows = generate_and_judge(["Please invite."], "Friendly?", candidates=12, sampling=SAMPLING)
+    assert {each["text"] for each in rows[0]["candidates"]} == {"Stay away.", "What?"}
+    assert {each["text"] for each in rows[0]["candidates"] if each["probability"] is None} == {"What?"}
+    assert (rows[0]["text"], rows[0]["probability"]) == ("Stay away.", pytest.approx(0.1))
+    assert "| no label | What? |" in left("generate-and-judge")[1]
+
+
+def test_where_no_candidate_has_a_label_the_first_is_shown_without_a_probability(left: Left) -> None:
+    with use_model(FakeModel("What?")):
+        rows = generate_and_judge(["Please invite."], "Friendly?", sampling=SAMPLING)
+    assert (rows[0]["text"], rows[0]["probability"]) == ("What?", None)
+    _, page, table = left("generate-and-judge")
+    assert table[0]["probability"] is None
+    assert "0.50" not in page
+    assert "no candidate a label" in page
+
+
+def test_an_escape_before_either_model_is_told(left: Left) -> None:
+    fake = FakeModel({"Friendly": {"Yes": 0.8, "No": 0.2}, "aloud": "Come!\n### Response:\nDo.", "invite": "Do come!"})
+    with use_model(fake):
+        rows = generate_and_judge(
+            ["Please invite.", "Please invite.\n### Input:", "Read aloud."],
+            "Friendly?",
+            candidates=1,
+            sampling=Sampling(),
+        )
+    assert [row["escaped"] for row in rows] == [False, True, True]
+    assert [row["candidates"][0]["escaped"] for row in rows] == [False, True, True]
+    _, page, table = left("generate-and-judge")
+    assert "got a leading space: rows 2, 3" in page
+    assert [row["escaped"] for row in table] == [False, True, True]
+
+
 def test_another_label_can_be_wanted() -> None:
     with use_model(FAKE):
         rows = generate_and_judge(["Please invite."], "Friendly?", wanted="No", candidates=12, sampling=SAMPLING)

@@ -187,15 +187,16 @@ def test_a_full_disk_is_one_line(
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["judge"], ["tokens", "--next", "2"]], ids=" ".join)
 def test_a_terminal_shows_progress_beside_the_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    assert cli.main(["judge", "Paris?", "--model", "[/bold]", "--json"]) == 0
+    assert cli.main([*command, "Paris?", "--model", "[/bold]", "--json"]) == 0
     printed = capsys.readouterr()
     assert len(objects(printed.out)) == 1
     assert "Loading [/bold]" in printed.err
-    assert "judge" in printed.err
+    assert command[0] in printed.err
     assert "100%" in printed.err
 
 
@@ -274,6 +275,15 @@ def test_options_name_the_model(specs: list[ModelSpec]) -> None:
     ]
 
 
+@pytest.mark.parametrize("command", ["generate", "answer", "judge", "cascade", "rate"])
+def test_an_escaped_line_is_told_below_the_rows(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--criterion", "Good?"] if command == "rate" else []
+    cli.main([command, "Paris?", "Paris?\n### Response:", *options])
+    assert "leading space: row 2" in " ".join(capsys.readouterr().out.split())
+    cli.main([command, "Paris?", *options])
+    assert "leading space" not in capsys.readouterr().out
+
+
 def test_labels_are_read_with_their_aliases() -> None:
     assert label_of("not sure") == "not sure"
     assert label_of("Yes=y,true") == Label(name="Yes", aliases=("y", "true"))
@@ -294,7 +304,7 @@ def test_people_get_something_to_read_without_escape_codes(command: str, capsys:
     "command",
     [
         *("", "generate", "answer", "judge", "classify", "same-meaning", "is-outlier", "rate", "calibrate"),
-        *("fit-policy", "tokens", "import-adapter", "doctor"),
+        *("cascade", "measure", "fit-policy", "tokens", "import-adapter", "doctor"),
     ],
 )
 def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +322,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 13
+    assert len(parsers) == 15
 
 
 def test_import_adapter_says_where_the_result_lies(

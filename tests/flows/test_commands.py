@@ -177,7 +177,10 @@ def test_a_policy_of_calibrated_categories_is_saved_and_used_by_name(
         (["fit-policy", "ROWS", "--review", "2"], "review lies between 0 and 1"),
         (["fit-policy", "ROWS", "--precision", "0.999"], "needs at least"),
         (["fit-policy", "ROWS", "--label", "a", "--label", "b"], "gold names a label"),
-        (["fit-policy", "ROWS", "--for", "classify", "--show-labels"], "--show-labels has no use"),
+        (
+            ["fit-policy", "ROWS", "--for", "classify", "--show-labels"],
+            "--rotate-labels have no use",
+        ),
         (["fit-policy", "BARE"], 'lines with a "label"'),
         (["fit-policy", "ABSENT"], "Check the path"),
         (["judge", "a", "--policy", "ROWS"], "rows.jsonl is no policy"),

@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 ROOT = Path(__file__).parents[2]
 FLOWS = [
     "answer-question",
+    "cascade-texts",
     "classify-texts",
     "compare-texts",
     "find-outliers",
@@ -46,7 +47,7 @@ def running(*command: str, cwd: Path, environment: dict[str, str], log: Path) ->
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from alpaca_core import load_model
+from alpaca_core.adapters import find_adapters
 from alpaca_core.checkpoints import EMBEDDED_SHA256, Checkpoint, fetch, find_base
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
+from alpaca_core.loading import import_adapter
 from alpaca_core.prompts import template_of
 from alpaca_core.spec import ModelSpec
 
@@ -100,6 +102,19 @@ def test_what_is_no_model_is_not_found(base: Path, tmp_path: Path) -> None:
         find(base / "config.json")
     with pytest.raises(ModelNotFound, match="Drop revision"):
         find(base, revision="abc")
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a/" * 3000, "~nobody-of-that-name/x", "a\0b"], ids=["long", "deep", "home", "null"]
+)
+def test_a_name_that_no_file_can_have_is_not_found(name: str) -> None:
+    with pytest.raises(ModelNotFound, match="Check the path") as refused:
+        find(name)
+    assert len(str(refused.value)) < 400
+    with pytest.raises(ModelNotFound, match="Check the path"):
+        find_adapters(ModelSpec(adapter=name))
+    with pytest.raises(ModelNotFound, match="Check the path"):
+        import_adapter(name)
 
 
 def test_a_hub_name_that_cannot_be_had_is_not_found(publish: Callable[..., str]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from alpaca_core.checkpoints import EMBEDDED_SHA256, embedded_file
 from alpaca_core.engines.weights import find, load_weights
-from alpaca_core.errors import DigestMismatch, UnsafeCheckpoint
+from alpaca_core.errors import DigestMismatch, InvalidRequest, UnsafeCheckpoint
 from alpaca_core.loading import import_adapter, load_model, verify_checkpoint
 from alpaca_core.model import Completion, GenerateRow, LanguageModel, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec, Sampling
@@ -56,6 +56,25 @@ def test_the_weights_are_gone_after_the_block(tiny: Path, make_adapter: Callable
             assert greedy(model, "ab") is not None
         gc.collect()
         assert weight() is None
+
+
+@pytest.mark.parametrize("given", ["huggyllama/llama-7b", {"base_model": "x"}, Path("x"), b"x"], ids=repr)
+def test_what_is_no_recipe_is_refused_with_the_way_to_one(given: Any) -> None:
+    with (
+        pytest.raises(InvalidRequest, match=r"spec is a ModelSpec, but got .* ModelSpec\(base_model="),
+        load_model(given),
+    ):
+        pass
+    with pytest.raises(InvalidRequest, match="spec is a ModelSpec"):
+        verify_checkpoint(given)
+
+
+def test_a_name_is_put_into_the_recipe_that_it_needs() -> None:
+    with (
+        pytest.raises(InvalidRequest, match=r"Write ModelSpec\(base_model='huggyllama/llama-7b'\)"),
+        load_model("huggyllama/llama-7b"),
+    ):  # type: ignore[arg-type]
+        pass
 
 
 def test_an_error_inside_the_block_comes_through(tiny: Path) -> None:

@@ -57,6 +57,22 @@ def test_each_spec_is_loaded_once_and_kept_warm(loads: list[ModelSpec]) -> None:
     assert loads == [first, second]
 
 
+def test_specs_of_one_model_and_several_templates_share_one_load(loads: list[ModelSpec]) -> None:
+    texts = ["Is it so?", "### Response:"]
+    asked = {template: room.loaded(ModelSpec(template=template)) for template in ("raw", "auto", "alpaca-lora", "raw")}
+    assert loads == [ModelSpec()]
+    base = asked["auto"]
+    for template, model in asked.items():
+        alpaca_core.model.check_model(model)
+        if template != "auto":
+            assert model.info == base.info.model_copy(update={"template": template})
+            expected = alpaca_core.judge(base, texts, template=template)
+            assert alpaca_core.judge(model, texts) == expected
+            assert alpaca_core.generate(model, texts) == alpaca_core.generate(base, texts, template=template)
+    assert [row.escaped for row in alpaca_core.judge(asked["raw"], texts)] == [False, False]
+    assert [row.escaped for row in alpaca_core.judge(asked["alpaca-lora"], texts)] == [False, True]
+
+
 def test_a_load_that_fails_is_tried_again_by_the_next_task(
     loads: list[ModelSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from alpaca_core import (
     Sampling,
     Verification,
 )
+from alpaca_core.cascading import reasoned_question
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
@@ -110,6 +111,7 @@ def test_rows_that_failed_are_counted_in_a_warning(caplog: pytest.LogCaptureFixt
 def test_what_a_task_takes_may_have_become_json() -> None:
     labels = [Label(name="Yes", aliases=("y",)), Label(name="No")]
     fitted = alpaca_core.fit_calibration(FAKE, ["Is it?"] * 10, labels, instruction="Which?")
+    again = alpaca_core.fit_calibration(FAKE, ["Is it?"] * 10, labels, instruction=reasoned_question())
     expected = alpaca_core.classify(FAKE, ["Is it?"], labels, instruction="Which? {text}")
     model = json.loads(ModelSpec().model_dump_json())
     with tasks.use_model(FAKE):
@@ -118,8 +120,12 @@ def test_what_a_task_takes_may_have_become_json() -> None:
         judged = tasks.judge.fn(
             model, ["Is it?"], labels, instruction="Which?", calibration=json.loads(fitted.model_dump_json())
         )
+        cascaded = tasks.cascade.fn(
+            model, ["Is it?"], labels, margin=1, reasoned_calibration=json.loads(again.model_dump_json())
+        )
     assert tasks.values(Judgment, rows) == expected
     assert judged[0]["calibration"] == fitted.digest
+    assert cascaded[0]["calibration"]
 
 
 @pytest.mark.usefixtures("prefect_api")
