@@ -34,6 +34,7 @@ FAKE = FakeModel(
 TEXTS = ["A goal | <i>late</i>.", "A ball.", " ", "A vote."]
 REASONING = len("*Ball* <b>\nand goal.")
 """Tokens of it, which are bytes."""
+from tests.flows.conftest import artifacts_of
 
 
 def test_the_flow_equals_the_core(left: Left) -> None:
@@ -99,7 +100,7 @@ def test_with_right_labels_every_margin_is_measured_exactly(left: Left) -> None:
     assert values(CascadeJudgment, rows) == run_of_all
     run, page, table = left("cascade-texts")
     with get_client(sync_client=True) as client:
-        found = {each.key: each.data for each in client.read_artifacts() if each.flow_run_id == run.id}
+        found = artifacts_of(client, run.id)
     measured = alpaca_core.CascadeMeasurement.model_validate(
         {**expected.model_dump(), "points": json.loads(str(found["cascade-texts-margins"]))}
     )

@@ -33,6 +33,7 @@ PATIENCE = 600.0
 """Seconds; a run takes about ten on an idle machine, and they run one after another."""
 
 pytestmark = pytest.mark.end_to_end
+from tests.flows.conftest import artifacts_of
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def test_each_deployment_runs_to_completed_with_its_defaults(client: SyncPrefect
         done = finished(client, run)
         assert done.state is not None
         assert done.state.is_completed(), (flow, done.state)
-        artifacts = {each.key: each.data for each in client.read_artifacts() if each.flow_run_id == run}
+        artifacts = artifacts_of(client, run)
         assert str(artifacts[flow]).startswith("# ")
         assert "smollm2" in str(artifacts[flow])
         rows = json.loads(str(artifacts[f"{flow}-table"]))

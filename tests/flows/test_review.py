@@ -41,6 +41,7 @@ TEXTS = ["A goal.", "A <b>treaty</b> | signed", " ", "A chip.", "A strike.", "no
 LABELS = ["World", "Sports"]
 POLICY = Policy(accept=0.8, review=0.52, precision=0.9, confidence=0.95, rows=120, accepted=60, bound=0.91)
 ACTIONS = ["accept", "review", None, "abstain", "review", "abstain"]
+from tests.flows.conftest import artifacts_of
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def artifact(run: FlowRun, key: str) -> Any:
     with get_client(sync_client=True) as client:
-        [found] = [each.data for each in client.read_artifacts() if each.flow_run_id == run.id and each.key == key]
-    return json.loads(str(found))
+        return json.loads(str(artifacts_of(client, run.id)[key]))
 
 
 @contextmanager
