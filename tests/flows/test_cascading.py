@@ -15,6 +15,7 @@ from prefect_alpaca.flows import cascade_texts
 from prefect_alpaca.flows.terminal import savings
 from prefect_alpaca.tasks import use_model, values
 from prefect_alpaca.tasks.named import save_named
+from tests.flows.conftest import artifacts_of
 
 from .conftest import Left
 
@@ -34,7 +35,6 @@ FAKE = FakeModel(
 TEXTS = ["A goal | <i>late</i>.", "A ball.", " ", "A vote."]
 REASONING = len("*Ball* <b>\nand goal.")
 """Tokens of it, which are bytes."""
-from tests.flows.conftest import artifacts_of
 
 
 def test_the_flow_equals_the_core(left: Left) -> None:

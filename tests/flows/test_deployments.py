@@ -18,6 +18,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tests.flows.conftest import artifacts_of
+
 ROOT = Path(__file__).parents[2]
 FLOWS = [
     "answer-question",
@@ -33,7 +35,6 @@ PATIENCE = 600.0
 """Seconds; a run takes about ten on an idle machine, and they run one after another."""
 
 pytestmark = pytest.mark.end_to_end
-from tests.flows.conftest import artifacts_of
 
 
 @contextmanager

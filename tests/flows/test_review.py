@@ -23,6 +23,7 @@ from prefect_alpaca.flows import classify_texts, judge_texts, review
 from prefect_alpaca.flows.routing import Routed, route, statement
 from prefect_alpaca.tasks import Json, use_model, values
 from prefect_alpaca.tasks.named import save_named
+from tests.flows.conftest import artifacts_of
 
 from .conftest import Left
 
@@ -41,7 +42,6 @@ TEXTS = ["A goal.", "A <b>treaty</b> | signed", " ", "A chip.", "A strike.", "no
 LABELS = ["World", "Sports"]
 POLICY = Policy(accept=0.8, review=0.52, precision=0.9, confidence=0.95, rows=120, accepted=60, bound=0.91)
 ACTIONS = ["accept", "review", None, "abstain", "review", "abstain"]
-from tests.flows.conftest import artifacts_of
 
 
 @pytest.fixture(autouse=True)
