@@ -15,9 +15,8 @@ from prefect_alpaca.flows import cascade_texts
 from prefect_alpaca.flows.terminal import savings
 from prefect_alpaca.tasks import use_model, values
 from prefect_alpaca.tasks.named import save_named
-from tests.flows.conftest import artifacts_of
 
-from .conftest import Left
+from .conftest import Left, artifacts_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 

@@ -18,7 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tests.flows.conftest import artifacts_of
+from .conftest import artifacts_of
 
 ROOT = Path(__file__).parents[2]
 FLOWS = [

@@ -23,9 +23,8 @@ from prefect_alpaca.flows import classify_texts, judge_texts, review
 from prefect_alpaca.flows.routing import Routed, route, statement
 from prefect_alpaca.tasks import Json, use_model, values
 from prefect_alpaca.tasks.named import save_named
-from tests.flows.conftest import artifacts_of
 
-from .conftest import Left
+from .conftest import Left, artifacts_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
