@@ -46,7 +46,8 @@ class NativeModel(TransformersModel):
         fixed = self._device.type == "cuda"
         tokens = min(_GPU_TOKENS, max(64, 64 * batch_size)) if fixed else _CPU_TOKENS
         shape = Shape(batch_size, tokens, fixed)
-        told: dict[str, object] = {"engine": "native", "rows_independent": True}
+        # on a CPU the products of large layers were seen to depend on how many rows they have: docs/performance.md
+        told: dict[str, object] = {"engine": "native", "rows_independent": fixed}
         if fixed:
             sizes = f"{shape.slots}x{shape.tokens}"
             told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
