@@ -19,8 +19,8 @@ class Shape:
     Args:
         slots: Rows that a decode step computes.
         tokens: Tokens that a pass over tiles reads at most.
-        fixed: Whether passes are filled up to these numbers. If not, they are to a multiple of 16: on the CPU
-            that is all that a row's bits depend on.
+        fixed: Whether passes are filled up to these numbers. If not, they are to a multiple of 16, with which
+            small networks give the same bits on a CPU; large layers do not: docs/performance.md.
     """
 
     slots: int
