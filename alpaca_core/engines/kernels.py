@@ -105,7 +105,7 @@ def _weigh(score, v, most, total, acc):
     """Take one block of scores and values into a running softmax (online softmax, arXiv 1805.02867)."""
     new = tl.maximum(most, tl.max(score, 1))
     old, p = tl.exp2(most - new), tl.exp2(score - new[:, None])
-    return new, total * old + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * old[:, None])
+    return new, total * old + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -136,12 +136,14 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None], seen[None], 0.0)
         v = tl.load(values_ptr + near[:, None] + at[None], seen[:, None], 0.0)
-        score = tl.where(seen[None], tl.dot(q, k) * scale, float("-inf"))
+        score = tl.where(seen[None], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
         most, total, acc = _weigh(score, v, most, total, acc)
     k = tl.load(qkv_ptr + (start + lane)[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
     v = tl.load(rows + (HEADS + KV + kv) * D + at[None], real[:, None], 0.0)
     sees = ((tl.load(sees_ptr + tile * PAGE + lane)[:, None] >> lane[None]) & 1) != 0
-    most, total, acc = _weigh(tl.where(sees, tl.dot(q, k) * scale, float("-inf")), v, most, total, acc)
+    most, total, acc = _weigh(
+        tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf")), v, most, total, acc
+    )
     to = out_ptr + (start + lane)[:, None] * (HEADS * D) + head * D + at[None]
     tl.store(to, (acc / total[:, None]).to(q.dtype), real[:, None])
 
@@ -224,7 +226,7 @@ def _step(qkv_ptr, sum_ptr, norm_ptr, keys_ptr, values_ptr, page_step, token_ste
             acc = acc * old[:, None] + tl.sum(tl.trans(p) * v.to(tl.float32), 0)[None]
         else:
             k = tl.load(keys_ptr + near[None] + at[:, None], seen[None], 0.0)  # D, BLOCK
-            score = tl.where(seen[None], tl.dot(q, k) * scale, float("-inf"))
+            score = tl.where(seen[None], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
             most, total, acc = _weigh(score, v, most, total, acc)
     place = (row * HEADS + head) * PARTS + part
     tl.store(sum_ptr + place[:, None] * D + at[None], acc, good)

@@ -27,15 +27,13 @@ def runs(network: PreTrainedModel | PeftModel) -> bool:
 
     Not so for other families, other positions than fixed rotary ones, attention that is not causal in all
     layers within the context, weights on several devices or away until used, and adapters of the embedding or
-    the head. On a GPU neither for float32, where the kernels' products would round to TF32, nor for
-    bitsandbytes' 8 and 4 bits, which have not been run there.
+    the head.
     """
     base: Any = network.base_model.model if isinstance(network, PeftModel) else network
     if type(base) not in _FAMILIES:
         return False
     rope = getattr(base.config, "rope_parameters", None) or {}
     width = base.model.layers[0].self_attn.head_dim
-    on_gpu = base.device.type == "cuda"
     modules = dict(base.named_modules())
     layers = [module for name, module in modules.items() if name.endswith(_PROJECTIONS)]
     plain = [getattr(module, "base_layer", module) for module in layers]
@@ -45,11 +43,10 @@ def runs(network: PreTrainedModel | PeftModel) -> bool:
         and base.config.hidden_act == "silu"
         and width & (width - 1) == 0
         and width >= 8
-        and {type(module).__name__ for module in plain} <= ({"Linear"} if on_gpu else _LINEAR)
+        and {type(module).__name__ for module in plain} <= _LINEAR
         and all(name.endswith(_PROJECTIONS) for name in wrapped)
         and not any(hasattr(module, "_hf_hook") for module in modules.values())
         and len({parameter.device for parameter in base.parameters()}) == 1
-        and not (on_gpu and base.dtype == torch.float32)
         and not any(getattr(module, "use_dora", {}).get(name) for module in layers for name in _names(network))
     )
 
