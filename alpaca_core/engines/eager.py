@@ -5,9 +5,11 @@ numbers a head, ``P`` pages of 32 tokens. Of a row's results each depends on the
 attention is called with shapes that follow from the row's own length, one row's next to another's.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from alpaca_core.engines.packing import TILE, Packed
 
@@ -16,9 +18,8 @@ _STRIDE = 2
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, computed in float32 as transformers does."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    """RMSNorm over the last dimension."""
+    return rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def silu_mul(both: Tensor) -> Tensor:
@@ -27,98 +28,119 @@ def silu_mul(both: Tensor) -> Tensor:
     return silu(gate).mul_(up)
 
 
-def read_tiles(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, packed: Packed, heads: int
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Tiles, or rows of a step, that see as many pages: what they read, and what of it they may see."""
+
+    index: Tensor  # of the queries, (n, queries)
+    pages: Tensor | None  # (n, depth)
+    sees: Tensor  # (n, queries, time)
+    real: Tensor | None  # which queries are there, (n, queries); None are all
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all layers of a pass have in common: angles, where keys and values go, and what is seen."""
+
+    cos: Tensor  # N, 1, D / 2
+    sin: Tensor
+    page: Tensor  # N
+    offset: Tensor  # N
+    groups: list[_Group]
+
+
+def plan_tiles(packed: Packed, cos: Tensor, sin: Tensor) -> Plan:
+    """Plan a pass over tiles.
+
+    Args:
+        packed: The tiles.
+        cos: ``(positions, D / 2)`` float32; so is `sin`.
+        sin: As `cos`.
+    """
+    device = packed.ids.device
+    lanes = torch.arange(TILE, device=device)
+    sees = (packed.sees[:, :, None] >> lanes) & 1 != 0  # n, TILE, TILE
+    at = packed.starts[:, None] + lanes.minimum(packed.counts[:, None] - 1)  # spare lanes repeat the last token
+    slots = torch.arange(int(packed.table.shape[1]) * TILE, device=device)
+    groups = []
+    for depth in sorted(set(packed.depths)):
+        mine = torch.tensor([place for place, each in enumerate(packed.depths) if each == depth], device=device)
+        far = slots[: depth * TILE] < packed.contexts[mine, None]
+        seen = torch.cat([far[:, None].expand(-1, TILE, -1), sees[mine]], -1)
+        real = lanes < packed.counts[mine, None]
+        groups.append(_Group(at[mine], packed.table[mine, :depth] if depth else None, seen, real))
+    places = packed.places.long()
+    return Plan(cos[packed.positions][:, None], sin[packed.positions][:, None], places // TILE, places % TILE, groups)
+
+
+def plan_step(lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest: int) -> Plan:
+    """Plan a step.
+
+    Args:
+        lengths: Tokens of each row before the new one, ``(N,)``.
+        table: Pages of each row, ``(N, pages)``; spare entries name page 0.
+        cos: As in `plan_tiles`.
+        sin: Likewise.
+        longest: Of use to `kernels`.
+    """
+    page = table.gather(1, (lengths // TILE)[:, None].long())[:, 0]
+    depths = ((lengths // (TILE * _STRIDE) + 1) * _STRIDE).tolist()
+    groups = []
+    for depth in sorted(set(depths)):
+        mine = torch.tensor([place for place, each in enumerate(depths) if each == depth], device=lengths.device)
+        pages = table[mine, :depth]
+        pages = torch.where(pages > 0, pages, page[mine, None])  # a spare entry repeats a page of the row's own
+        seen = torch.arange(pages.shape[1] * TILE, device=lengths.device) <= lengths[mine, None]
+        groups.append(_Group(mine[:, None], pages, seen[:, None], None))
+    return Plan(cos[lengths][:, None], sin[lengths][:, None], page.long(), lengths.long() % TILE, groups)
+
+
+def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> Tensor:
     """Rotate, store keys and values, and attend from every tile to its context and to itself.
 
     Args:
         qkv: ``(N, (H + 2 G) D)``.
         keys: Of one layer, ``(P, 32, G, D)``; written. So are `values`.
-        cos: ``(positions, D / 2)`` float32; so is `sin`.
-        packed: The tiles.
+        values: As `keys`.
+        plan: As `plan_tiles` made it.
         heads: ``H``.
 
     Returns:
         ``(N, H D)``; of tokens in no tile anything.
     """
-    q, k, v = _rotated(qkv, cos, sin, packed.positions, keys, heads)
-    _store(k, v, keys, values, packed.places)
+    q, k, v = _rotated(qkv, keys, values, plan, heads)
     out = q.new_zeros(q.shape[0], heads * keys.shape[3])
-    lanes = torch.arange(TILE, device=q.device)
-    sees = (packed.sees[:, :, None] >> lanes) & 1 != 0  # n, TILE, TILE
-    at = packed.starts[:, None] + lanes.minimum(packed.counts[:, None] - 1)  # spare lanes repeat the last token
-    slots = torch.arange(int(packed.table.shape[1]) * TILE, device=q.device)
-    for depth in sorted(set(packed.depths)):
-        mine = torch.tensor([place for place, each in enumerate(packed.depths) if each == depth], device=q.device)
-        index, seen = at[mine], sees[mine]
-        near_k, near_v = k[index], v[index]  # n, TILE, G, D
-        if depth:
-            pages = packed.table[mine, :depth]
-            near_k = torch.cat([_gathered(keys, pages), near_k], 1)
-            near_v = torch.cat([_gathered(values, pages), near_v], 1)
-            far = slots[: depth * TILE] < packed.contexts[mine, None]
-            seen = torch.cat([far[:, None].expand(-1, TILE, -1), seen], -1)
-        found = _attend(q[index], near_k, near_v, seen)  # n, TILE, H D
-        real = lanes < packed.counts[mine, None]
-        out[index[real]] = found[real]
+    for group in plan.groups:
+        near_k, near_v = k[group.index], v[group.index]  # n, TILE, G, D
+        if group.pages is not None:
+            near_k = torch.cat([_gathered(keys, group.pages), near_k], 1)
+            near_v = torch.cat([_gathered(values, group.pages), near_v], 1)
+        found = _attend(q[group.index], near_k, near_v, group.sees)  # n, TILE, H D
+        out[group.index[group.real]] = found[group.real]
     return out
 
 
-def step(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    lengths: Tensor,
-    table: Tensor,
-    heads: int,
-    longest: int,
-) -> Tensor:
-    """Rotate, store and attend for one new token of each row.
-
-    Args:
-        qkv: ``(N, (H + 2 G) D)``; the other tensors as in `read_tiles`.
-        lengths: Tokens of each row before this one.
-        table: Pages of each row, ``(N, pages)``; spare entries name page 0.
-        heads: ``H``.
-        longest: Of use to `kernels`.
-
-    Returns:
-        ``(N, H D)``.
-    """
-    q, k, v = _rotated(qkv, cos, sin, lengths, keys, heads)
-    page = table.gather(1, (lengths // TILE)[:, None].long())[:, 0]
-    _store(k, v, keys, values, page * TILE + lengths % TILE)
-    depths = ((lengths // (TILE * _STRIDE) + 1) * _STRIDE).tolist()
+def step(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> Tensor:
+    """Rotate, store and attend for one new token of each row; the arguments as in `read_tiles`."""
+    q, _, _ = _rotated(qkv, keys, values, plan, heads)
     out = q.new_empty(q.shape[0], heads * keys.shape[3])
-    for depth in sorted(set(depths)):
-        mine = torch.tensor([place for place, each in enumerate(depths) if each == depth], device=q.device)
-        pages = table[mine, :depth]
-        pages = torch.where(pages > 0, pages, page[mine, None])  # a spare entry repeats a page of the row's own
-        seen = torch.arange(pages.shape[1] * TILE, device=q.device) <= lengths[mine, None]
-        found = _attend(q[mine, None], _gathered(keys, pages), _gathered(values, pages), seen[:, None])
-        out[mine] = found[:, 0]
+    for group in plan.groups:
+        assert group.pages is not None
+        near = _gathered(keys, group.pages), _gathered(values, group.pages)
+        out[group.index] = _attend(q[group.index], *near, group.sees)
     return out
 
 
-def _rotated(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, ``(N, heads, D)`` each; the first two turned to their positions."""
+def _rotated(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, ``(N, heads, D)`` each, the first two turned to their positions; the rest is stored."""
     kv, width = keys.shape[2:]
     both, v = qkv.view(len(qkv), -1, width).split([heads + kv, kv], 1)
     first, second = both.float().chunk(2, -1)
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    both = torch.cat([first * c - second * s, second * c + first * s], -1).to(qkv.dtype)
-    return both[:, :heads], both[:, heads:], v
-
-
-def _store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
-    page, offset = places.long() // TILE, places.long() % TILE
-    keys[page, offset] = k
-    values[page, offset] = v
+    turned = torch.cat([first * plan.cos - second * plan.sin, second * plan.cos + first * plan.sin], -1)
+    q, k = turned.to(qkv.dtype).split([heads, kv], 1)
+    keys[plan.page, plan.offset] = k
+    values[plan.page, plan.offset] = v
+    return q, k, v
 
 
 def _gathered(store: Tensor, pages: Tensor) -> Tensor:

@@ -55,10 +55,21 @@ def _silu_mul(both_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * WIDTH + at, (gate * tl.sigmoid(gate)).to(up.dtype) * up, inside)
 
 
-def read_tiles(
-    qkv: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, packed: Packed, heads: int
-) -> Tensor:
+def plan_tiles(packed: Packed, cos: Tensor, sin: Tensor) -> tuple[Packed, Tensor, Tensor]:
+    """Plan a pass over tiles: all is left to the kernels."""
+    return packed, cos, sin
+
+
+def plan_step(
+    lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Plan a step of rows none of which has more than `longest` tokens."""
+    return lengths, table, cos, sin, longest
+
+
+def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Tensor, Tensor], heads: int) -> Tensor:
     """Rotate, store keys and values, and attend from every tile to its context and to itself."""
+    packed, cos, sin = plan
     kv, width = keys.shape[2:]
     steps = keys.stride()[:3]
     _store[(qkv.shape[0], 2)](
@@ -149,17 +160,10 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
 
 
 def step(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    lengths: Tensor,
-    table: Tensor,
-    heads: int,
-    longest: int,
+    qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Tensor, Tensor, Tensor, Tensor, int], heads: int
 ) -> Tensor:
-    """Rotate, store and attend for one new token of each row, none of which has more than `longest` tokens."""
+    """Rotate, store and attend for one new token of each row."""
+    lengths, table, cos, sin, longest = plan
     rows, (kv, width) = qkv.shape[0], keys.shape[2:]
     group, parts = heads // kv, triton.cdiv(longest, _SEGMENT)
     lanes = 1 if group == 1 else max(16, triton.next_power_of_2(group))

@@ -122,10 +122,11 @@ class Llama:
         """
         ops = self.operations
         x, adapters = embedding(packed.ids, self.embedding), packed.adapters
+        plan = ops.plan_tiles(packed, self.cos, self.sin)
         for place, layer in enumerate(self.layers):
             qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
             keys, values = cache[place]
-            attended = ops.read_tiles(qkv, keys, values, self.cos, self.sin, packed, self.heads)
+            attended = ops.read_tiles(qkv, keys, values, plan, self.heads)
             if not every and place == len(self.layers) - 1:  # behind the last cache nothing else is looked at
                 x, attended, adapters = x[packed.ends], attended[packed.ends], adapters[packed.ends]
             x = self._rest(layer, x, attended, adapters)
@@ -149,10 +150,11 @@ class Llama:
         """
         ops = self.operations
         x = embedding(tokens, self.embedding)
+        plan = ops.plan_step(lengths, table, self.cos, self.sin, longest)
         for place, layer in enumerate(self.layers):
             qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
             keys, values = cache[place]
-            attended = ops.step(qkv, keys, values, self.cos, self.sin, lengths, table, self.heads, longest)
+            attended = ops.step(qkv, keys, values, plan, self.heads)
             x = self._rest(layer, x, attended, adapters)
         return self.logits(ops.norm(x, self.norm, self.eps))
 

@@ -21,7 +21,7 @@ from alpaca_core.tokenizer import Tokenizer
 
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
-_CPU_TOKENS = 256
+_CPU_TOKENS = 1024
 _ATTEMPTS = 8
 
 _Found = TypeVar("_Found")
