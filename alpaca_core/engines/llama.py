@@ -101,6 +101,12 @@ class Llama:
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
         self.operations: ModuleType = _operations(self.device)
 
+    def steady(self) -> bool:
+        """Try on a CPU whether products give a row the same bits for any multiple of 16 rows."""
+        first = self.layers[0]
+        products = (first.qkv, first.out, first.gate_up, first.down, self.head)
+        return all(product.steady(self.dtype) for product in products)
+
     def new_cache(self, pages: int) -> Tensor:
         """Make a cache, ``(layers, keys and values, pages, 32, key heads, width)``."""
         shape = (len(self.layers), 2, pages, TILE, self.kv_heads, self.width)

@@ -49,17 +49,16 @@ class NativeModel(TransformersModel):
         fixed = self._device.type == "cuda"
         tokens = min(_GPU_TOKENS, max(64, 64 * batch_size)) if fixed else _CPU_TOKENS
         shape = Shape(batch_size, tokens, fixed)
-        # on a CPU the products of large layers were seen to depend on how many rows they have: docs/performance.md
-        told: dict[str, object] = {"engine": "native", "rows_independent": fixed}
+        with torch.no_grad():
+            self._llama: Llama | None = Llama(network)
+            told: dict[str, object] = {"engine": "native", "rows_independent": fixed or self._llama.steady()}
+            self._memory = Memory(self._llama)
+            self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
+            self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
         if fixed:
             sizes = f"{shape.slots}x{shape.tokens}"
             told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
         self.info = info.model_copy(update=told)
-        with torch.no_grad():
-            self._llama: Llama | None = Llama(network)
-            self._memory = Memory(self._llama)
-            self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
-            self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
         self._shape = shape
         self._failures = Counter[str]()  # one after the other, of each kind of step
         self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}

@@ -15,24 +15,16 @@ _LEAST_INT8 = 32
 class _Weights(Protocol):
     """``(N, in)`` to ``(N, out)``; with a target the result is added to it, in place."""
 
-    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor: ...
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor: ...
 
 
 class _Dense:
-    """Plain weights of layers with the same input, in one tensor, of which the layers keep views."""
+    """A matrix as it is, ``(out, in)``, and perhaps a bias."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self._weight: Tensor = layers[0].weight
-        self._bias: Tensor | None = layers[0].bias
-        if len(layers) > 1:
-            self._weight = torch.cat([layer.weight for layer in layers])
-            parts = self._weight.split([layer.out_features for layer in layers])
-            for layer, part in zip(layers, parts, strict=True):
-                layer.weight.data = part
-            if self._bias is not None:
-                self._bias = torch.cat([layer.bias for layer in layers])
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
 
-    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         if x.device.type == "cuda" and len(x) == 1 and self._bias is None:
             from alpaca_core.engines.kernels import one_row
 
@@ -41,6 +33,42 @@ class _Dense:
             return linear(x, self._weight, self._bias)
         add_to.addmm_(x, self._weight.t())
         return add_to if self._bias is None else add_to.add_(self._bias)
+
+
+class _Packed:
+    """A float32 matrix on a CPU in the order in which MKL reads it.
+
+    MKL brings a matrix into that order at each product; done once, products of 16 rows are twice as fast. And a row's
+    sums are the same in products of 8 rows and any number more, which those of `_Dense` are not.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), 16)  # rows: of no matter
+        self._shape = weight.new_empty(1).expand(weight.shape)  # all that is read of it
+        self._bias = bias
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, self._shape, self._bias, len(x))
+        return y if add_to is None else add_to.add_(y)
+
+
+def _product(weight: Tensor, bias: Tensor | None = None) -> _Weights:
+    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+    return (_Packed if packs and hasattr(torch.ops.mkl, "_mkl_linear") else _Dense)(weight, bias)
+
+
+def _plain(layers: Sequence[nn.Linear]) -> _Weights:
+    """Plain layers with the same input as one product; the layers keep views of its weights."""
+    weight: Tensor = layers[0].weight
+    bias: Tensor | None = layers[0].bias
+    if len(layers) > 1:
+        weight = torch.cat([layer.weight for layer in layers])
+        parts = weight.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight.data = part
+        if bias is not None:
+            bias = torch.cat([layer.bias for layer in layers])
+    return _product(weight, bias)
 
 
 class _Int8:
@@ -60,7 +88,7 @@ class _Int8:
             else:
                 layer.state.CB = part
 
-    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         from alpaca_core.engines.kernels import from_int8, to_int8
 
         turned, rows = to_int8(x)
@@ -80,7 +108,7 @@ class _Modules:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
 
-    def __call__(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         y = torch.cat([layer(x) for layer in self._layers], -1)
         return y if add_to is None else add_to.add_(y)
 
@@ -93,26 +121,26 @@ class _Lora:
     whatever the rows' adapters are, and a row's sum has only zeros added to it.
 
     Args:
-        down: ``(ranks, in)``: the adapters' A, one below the other.
-        up: ``(out, ranks)``: their B, times alpha / r.
+        down: Of ``(ranks, in)``: the adapters' A, one below the other.
+        up: Of ``(out, ranks)``: their B, times alpha / r.
         owners: ``(ranks,)``: which adapter each rank belongs to.
     """
 
-    down: Tensor
-    up: Tensor
+    down: _Weights
+    up: _Weights
     owners: Tensor
 
     def add(self, y: Tensor, x: Tensor, adapters: Tensor) -> Tensor:
         """Add to `y` what each row's adapter makes of its `x`; `adapters` has their numbers."""
-        inner = linear(x, self.down) * (adapters[:, None] == self.owners)
-        return y.addmm_(inner, self.up.t())
+        inner = self.down(x) * (adapters[:, None] == self.owners)
+        return self.up(inner, add_to=y)
 
 
 class Projection:
     """One or more linear layers of the same input, as one product where their weights allow it.
 
-    A row's sums come out the same at every place of a product of a fixed number of rows, and on the CPU of any
-    multiple of sixteen (MKL takes other ways for fewer than that). Which numbers come is the caller's promise.
+    A row's sums come out the same at every place of a product of a fixed number of rows; with float32 on a CPU that
+    has MKL, of any multiple of 16. Which numbers come is the caller's promise.
 
     Args:
         modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
@@ -123,8 +151,9 @@ class Projection:
         bases = [getattr(module, "base_layer", module) for module in modules]
         kinds = {type(base).__name__ for base in bases}
         on_gpu = bases[0].weight.device.type == "cuda"
-        weights = _Dense if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
-        self._weights: _Weights = weights(bases)
+        make = _plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
+        self._weights: _Weights = make(bases)
+        self._inner: int = modules[0].in_features
         self._lora = _beside(modules, names)
 
     def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
@@ -137,6 +166,13 @@ class Projection:
         """
         y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
+
+    def steady(self, dtype: torch.dtype) -> bool:
+        """Try on a CPU whether a row's sums are the same in products of 16 rows and of others."""
+        x = torch.randn(256, self._inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+        none = torch.full((256,), 0)
+        few = self(x[:16], none[:16])
+        return all(torch.equal(few, self(x[:rows], none[:rows])[:16]) for rows in (32, 48, 64, 128, 256))
 
 
 def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:
@@ -158,4 +194,5 @@ def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:
             owners += [number] * len(down)
     if not downs:
         return None
-    return _Lora(torch.cat(downs), torch.cat(ups, 1), torch.tensor(owners, device=downs[0].device))
+    down, up = _product(torch.cat(downs)), _product(torch.cat(ups, 1))
+    return _Lora(down, up, torch.tensor(owners, device=downs[0].device))
