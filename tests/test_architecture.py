@@ -47,6 +47,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.loading",
     "alpaca_core.engines.native",
     "alpaca_core.engines.reading",
+    "alpaca_core.engines.searching",
     "alpaca_core.engines.running",
     "alpaca_core.engines.choosing",
     "alpaca_core.engines.results",

@@ -54,11 +54,13 @@ class Beams:
     def advance(self, logits: Tensor, noise: Tensor | None) -> None:
         """Take one step, by logits of shape ``(beams, vocab)`` after each live beam.
 
-        With `noise`, standard Gumbel, one number for each of the logits in their order, it is sampled.
+        With `noise`, standard Gumbel, one number for each of the logits in their order, it is sampled. After an
+        error nothing has changed.
         """
         width, length = self._sampling.num_beams, len(self._live[0][1]) + 1
-        live, self.parents = [], []
-        for rank, (score, beam, token) in enumerate(self._candidates(logits, noise)):
+        candidates = self._candidates(logits, noise)
+        live = []
+        for rank, (score, beam, token) in enumerate(candidates):
             path = (*self._live[beam][1], token)
             if token in self._eos_ids or length == self._sampling.max_new_tokens:
                 if rank < width:

@@ -89,7 +89,7 @@ class Decoding:
         for place, row in self._live:
             last = first + len(row.parents)
             if not all(finite[first:last]):
-                ended.append((place, _not_finite(self._length)))
+                ended.append((place, not_finite(self._length)))
             else:
                 if isinstance(row, Beams):
                     row.advance(logits[first:last], noise.get(place))
@@ -143,7 +143,8 @@ class Decoding:
         self._seen = torch.nn.functional.pad(self._seen, (0, 1), value=True)  # L, T + 1
 
 
-def _not_finite(length: int) -> RowRejected:
+def not_finite(length: int) -> RowRejected:
+    """The error of a row whose logits are no numbers, after this many tokens of response."""
     return RowRejected(
         "not_finite",
         f"logits must be finite, but after {length:,} tokens of response this row's hold NaN or infinity. "

@@ -44,8 +44,9 @@ class Memory:
             taken = self.pages.take(str(adapter), prompt, size)
         if taken is None and not self.pages.in_use:
             raise NotEnoughMemory(
-                f"a row of {size:,} tokens needs more memory for keys and values than {self._llama.device} has left. "
-                "Lower max_new_tokens, shorten the prompt, or load the model in fewer bits."
+                f"a row of {size:,} tokens, those of all beams counted, needs more memory for keys and values than "
+                f"{self._llama.device} has left. Lower max_new_tokens or num_beams, shorten the prompt, or load the "
+                "model in fewer bits."
             )
         return taken
 

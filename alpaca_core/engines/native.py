@@ -1,6 +1,7 @@
 """`LanguageModel` on our own forward pass: on a GPU a row's result is the same in any company, bit for bit."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
-from alpaca_core.engines.running import Runner, outcomes
+from alpaca_core.engines.running import Request, Runner, outcomes
+from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.errors import InvalidRequest, NotEnoughMemory, RowRejected
@@ -28,9 +30,10 @@ _Found = TypeVar("_Found")
 
 
 class NativeModel(TransformersModel):
-    """A loaded network of LLaMA's family, run by `Llama`; rows with beams go through the network itself.
+    """A loaded network of LLaMA's family, run by `Llama`.
 
-    Callers in several threads share passes: whoever waits for a row takes the next step for all.
+    Callers in several threads share passes: whoever waits for a row takes the next step for all, in turn one of
+    the rows without beams and one of those with beams.
 
     Args:
         network: One that `llama.runs` accepts.
@@ -51,43 +54,44 @@ class NativeModel(TransformersModel):
             told: dict[str, object] = {"engine": "native", "rows_independent": fixed or self._llama.steady()}
             self._memory = Memory(self._llama)
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
+            self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
         if fixed:
             sizes = f"{shape.slots}x{shape.tokens}"
             told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
         self.info = info.model_copy(update=told)
         self._shape = shape
-        self._failures = 0  # one after the other
+        self._failures = Counter[str]()  # one after the other, of each kind of step
         self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
         """Generate one response for each row; each comes out as soon as it has ended."""
-        ready, beams = [], []
+        plain: list[tuple[int, GenerateRow, int]] = []
+        beams: list[tuple[int, GenerateRow, int]] = []
         for index, row in enumerate(rows):
             try:
                 self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
-                number = self._number(row)
+                (beams if row.sampling.num_beams > 1 else plain).append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
-                continue
-            if row.sampling.num_beams > 1:
-                beams.append(index)
-            else:
-                ready.append((index, row, number))
+        request = Request(len(plain) + len(beams))
         with self._lock:
-            runner = self._open()
-            request = runner.submit(ready)
+            self._open()
+            runner, searcher = self._runner, self._searcher
+            runner.submit(request, plain)
+            searcher.submit(request, beams)
         try:
             while request.left or request.ended:
-                with self._lock:
-                    if not request.ended:
-                        self._attempt(self._open().advance)
-                for index, outcome in outcomes(request):
-                    yield index, self._completion(rows[index], outcome)
+                for worker in (runner, searcher):
+                    with self._lock:
+                        self._open()
+                        if not request.ended:
+                            self._attempt(worker.advance)
+                    for index, outcome in outcomes(request):
+                        yield index, self._completion(rows[index], outcome)
         finally:
             with self._lock:
                 runner.cancel(request)
-        for place, completion in super().generate([rows[index] for index in beams]):
-            yield beams[place], completion
+                searcher.cancel(request)
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
@@ -120,7 +124,8 @@ class NativeModel(TransformersModel):
                 self._llama = None
                 self._memory.close()
                 self._runner.close()
-                del self._memory, self._runner
+                self._searcher.close()
+                del self._memory, self._runner, self._searcher
         super().close()
 
     def _attempt(self, advance: Callable[[], _Found]) -> _Found | None:
@@ -132,8 +137,8 @@ class NativeModel(TransformersModel):
         try:
             found = advance()
         except (torch.OutOfMemoryError, MemoryError) as error:
-            self._failures += 1
-            if self._failures > _ATTEMPTS:
+            self._failures[advance.__qualname__] += 1
+            if self._failures[advance.__qualname__] > _ATTEMPTS:
                 raise NotEnoughMemory(
                     f"{self.info.device} has no memory for a step of {self._shape.slots} rows and passes of "
                     f"{self._shape.tokens:,} tokens. Lower batch_size, or load the model in fewer bits."
@@ -142,13 +147,12 @@ class NativeModel(TransformersModel):
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             return None
-        self._failures = 0
+        del self._failures[advance.__qualname__]
         return found
 
-    def _open(self) -> Runner:
+    def _open(self) -> None:
         if self._llama is None:
             raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
-        return self._runner
 
     def _number(self, row: GenerateRow | ScoreRow) -> int:
         """Number of the row's adapter; -1 is the bare base."""

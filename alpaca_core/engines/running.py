@@ -8,12 +8,13 @@ which rows have ended (a slot computes one token too many, which nobody reads).
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from alpaca_core.engines.choosing import Choice, choose
-from alpaca_core.engines.decoding import Reply
+from alpaca_core.engines.decoding import Reply, not_finite
 from alpaca_core.engines.graphs import Stepper
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
@@ -23,6 +24,8 @@ from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import GenerateRow
+
+_Whose = TypeVar("_Whose")
 
 
 class Request:
@@ -74,13 +77,11 @@ class Runner:
         self._table = torch.zeros(slots, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device)
         self._stepper = Stepper(llama, memory, self._tokens, self._lengths, self._table, self._adapters)
 
-    def submit(self, rows: Sequence[tuple[int, GenerateRow, int]]) -> Request:
-        """Line up rows that fit the context, each with its index and the number of its adapter."""
-        request = Request(len(rows))
+    def submit(self, request: Request, rows: Sequence[tuple[int, GenerateRow, int]]) -> None:
+        """Line up rows of a request that fit the context, each with its index and the number of its adapter."""
         for index, row, adapter in rows:
             choice = Choice(row.sampling, row_key(row.sampling.seed, row.prompt_ids, row.sample_index))
             self._waiting.append(_Row(request, index, row, adapter, choice))
-        return request
 
     def cancel(self, request: Request) -> None:
         """Take the rest of a request's rows out."""
@@ -125,12 +126,8 @@ class Runner:
             mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
             tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
         try:
-            for batch in self._shape.passes(tiles):
-                packed = self._shape.pack([tile for tile, _ in batch], self._llama.device)
-                states = self._llama.read(packed, self._memory.cache, every=False)
-                ends = {place: row for place, (_, row) in enumerate(batch) if row}
-                if ends:
-                    self._join(ends, self._llama.logits(states))
+            for ends, logits in read_prompts(self._llama, self._memory, self._shape, tiles):
+                self._join(ends, logits)
         except BaseException:
             unread = [row for row in self._rows if row and not row.drawn]
             self._leave(unread)
@@ -197,7 +194,7 @@ class Runner:
                 continue
             token = int(number)
             if token < 0:
-                self._end(row, _not_finite(len(row.tokens)))
+                self._end(row, not_finite(len(row.tokens)))
             elif token in self._eos_ids:
                 self._end(row, Reply(tuple(row.tokens), True))
             else:
@@ -238,9 +235,23 @@ def outcomes(request: Request) -> Iterator[tuple[int, Reply | RowRejected]]:
     yield from ended
 
 
-def _not_finite(length: int) -> RowRejected:
-    return RowRejected(
-        "not_finite",
-        f"logits must be finite, but after {length:,} tokens of response this row's hold NaN or infinity. "
-        "Check the weights and the adapter, or load the model in bfloat16 or float32.",
-    )
+def read_prompts(
+    llama: Llama, memory: Memory, shape: Shape, tiles: Sequence[tuple[Tile, _Whose | None]]
+) -> Iterator[tuple[dict[int, _Whose], Tensor]]:
+    """Read tiles of prompts, pass by pass.
+
+    Args:
+        llama: The weights.
+        memory: The cache, with pages taken for the tiles.
+        shape: The sizes of passes.
+        tiles: Each with the row whose prompt it ends; None where it ends none.
+
+    Yields:
+        For each pass in which prompts end, the rows by their places, and logits ``(places, vocab)``.
+    """
+    for batch in shape.passes(tiles):
+        packed = shape.pack([tile for tile, _ in batch], llama.device)
+        states = llama.read(packed, memory.cache, every=False)
+        ends = {place: row for place, (_, row) in enumerate(batch) if row}
+        if ends:
+            yield ends, llama.logits(states)
