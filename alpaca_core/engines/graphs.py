@@ -42,6 +42,8 @@ class Stepper:
         if self._version != self._memory.version:
             self._graphs.clear()
             self._version = self._memory.version
+        if self._slots[0].device.type != "cuda":
+            return self._run(longest)
         size = max(256, 1 << (longest - 1).bit_length())
         if size not in self._graphs:
             self._graphs[size] = self._captured(size)
