@@ -67,6 +67,16 @@ class Scores(list[float]):
         self.shape = shape
 
 
+def shapes_of(*results: object) -> str:
+    """Name the shapes that results were computed in, each once; usually it is one, or none.
+
+    Example:
+        >>> shapes_of(Scores([0.5], "32x2048"), Scores([0.1], "16x1024"), [0.2])
+        '32x2048, 16x1024'
+    """
+    return ", ".join(dict.fromkeys(shape for each in results if (shape := getattr(each, "shape", ""))))
+
+
 class AdapterInfo(Value):
     """One loaded adapter: its name for rows, the digest of its weights, the template that it records."""
 
@@ -86,6 +96,7 @@ class ModelInfo(Value):
     `rows_independent` says whether a row's result is the same in any company, bit for bit; beams aside. On a
     GPU that holds for one `shape`, rows of a decode step by tokens of a pass over prompts, which `digest` covers.
     Where a GPU runs out of memory the shape becomes a smaller one, and `info` of the model another.
+    `unshaped_digest` is `digest` without the shape, where that counts: what calibrations are bound to.
     """
 
     name: str
@@ -103,6 +114,7 @@ class ModelInfo(Value):
     revision: str | None = None
     rows_independent: bool = False
     shape: str = ""
+    unshaped_digest: str = ""
     memory_gib: float = 0.0
     load_seconds: float = 0.0
 

@@ -129,7 +129,8 @@ class NativeModel(TransformersModel):
         # on a CPU the products of large layers were seen to depend on how many rows they have: docs/performance.md
         told: dict[str, object] = {"engine": "native", "rows_independent": shape.fixed}
         if shape.fixed:
-            told |= {"shape": shape.name, "digest": digest_of([self._loaded.digest, shape.name])}
+            digest = self._loaded.digest
+            told |= {"shape": shape.name, "digest": digest_of([digest, shape.name]), "unshaped_digest": digest}
         self.info = self._loaded.model_copy(update=told)
 
     def _open(self) -> Runner:

@@ -152,13 +152,14 @@ class Reader:
     def begin_again(self, shape: Shape) -> None:
         """Put the rows on their way back in line, and take another shape."""
         self._line_up()
+        if shape.tokens > self.shape.tokens:
+            self._most = math.inf
         self.shape = shape
 
     def give_up(self) -> None:
         """End the first row in line with an error: there is no memory for it."""
         reading = self._waiting.popleft()
         self._refused.append((reading.index, too_large(reading.size, self._llama.device)))
-        self._most = math.inf
 
     def _outcome(self, reading: _Reading) -> Scores | RowRejected:
         return Scores(reading.scores, self.shape.name) if reading.finite else _not_finite()

@@ -9,13 +9,15 @@ In this order:
 3. Where one row alone fails, passes take the next smaller shape. Rows on their way begin again, so that each
    result comes of one shape.
 4. A row that fails alone at the smallest shape gets an error. Where no row had come out since the shapes began to
-   shrink, it was that row and not the shape, and the shape from before is taken again.
+   shrink, it was that row and not the shape, and the shape from before is taken again; of several such rows one
+   after the other, when the next row has come out.
 
-Each failure leaves fewer rows at once, a smaller shape or fewer rows, and only a row that has come out undoes the
-first two, so there is an end.
+Each failure leaves fewer rows at once, a smaller shape or fewer rows, and only a row that has come out or was given
+up undoes the first two, so there is an end.
 """
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -29,6 +31,8 @@ ATTEMPTS = 6
 
 _MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """Of the errors that torch has no class for."""
+
+_collect_after = 0.0
 
 _Found = TypeVar("_Found")
 _Found_co = TypeVar("_Found_co", covariant=True)
@@ -70,11 +74,20 @@ def persevere(run: Callable[[], _Found], device: torch.device) -> _Found:
                 raise
             message = str(error)
         # Out here the error is gone, and with it the frames that hold the failed pass's tensors.
-        if attempt == 1:  # collecting takes as long as a pass of a small model, and is seldom what helps
-            gc.collect()
+        if attempt == 1:
+            _collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     raise ShortOfMemory(message)
+
+
+def _collect() -> None:
+    """Collect garbage, but not for more than a tenth of the time: it takes as long as passes, and seldom helps."""
+    global _collect_after
+    started = time.monotonic()
+    if started >= _collect_after:
+        gc.collect()
+        _collect_after = started + 10 * (time.monotonic() - started)
 
 
 def too_large(tokens: int, device: torch.device) -> RowRejected:
@@ -124,6 +137,7 @@ class Recovery:
         self.shape = shape
         self._changed = changed
         self._before: Shape | None = None  # where the shapes began to shrink, if no row has come out since
+        self._given_up = 0  # rows since the last one that came out
 
     def advance(self, worker: Worker[_Found]) -> _Found | None:
         """Let a worker take a step; None where it could not, and is to take another."""
@@ -136,16 +150,24 @@ class Recovery:
             pass
         finally:
             if worker.finished > finished:
-                self._before = None  # the shape is none too large
+                if self._given_up > 1:
+                    self._return(worker)
+                self._before, self._given_up = None, 0
         if (smaller := self.shape.smaller) is not None:
             self._before = self._before or self.shape
             self._take(smaller, worker)
         else:
             worker.give_up()
-            if self._before is not None:
-                self._take(self._before, worker)
-                self._before = None
+            self._given_up += 1
+            if self._given_up == 1:  # the way down again for each of many rows would take long
+                self._return(worker)
         return None
+
+    def _return(self, worker: Worker[object]) -> None:
+        """Take the shape from before rows were given up: it was them."""
+        if self._before is not None:
+            self._take(self._before, worker)
+            self._before = None
 
     def _take(self, shape: Shape, worker: Worker[object]) -> None:
         self.shape = shape

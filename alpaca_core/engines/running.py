@@ -137,15 +137,14 @@ class Runner:
         """Put the rows on their way back in line, and take another shape."""
         self._look_at_all()
         self._line_up([row for row in self._rows if row])
-        fewer = self._most if self._most < self.shape.slots else shape.slots
+        most = min(self._most, shape.slots) if shape.slots <= self.shape.slots else shape.slots
         self._take(shape)
-        self._most = min(fewer, shape.slots)
+        self._most = most
 
     def give_up(self) -> None:
         """End the first row in line with an error: there is no memory for it."""
         row = self._waiting.popleft()
         self._end(row, too_large(row.size, self._llama.device))
-        self._most = self.shape.slots
 
     def _retreat(self) -> bool:
         """Take fewer rows at once; False where it was one alone.

@@ -83,7 +83,7 @@ def test_memory_that_runs_out_one_time_in_five_changes_no_result_and_costs_no_pa
     fresh = make_model(make_network(max_position_embeddings=1024), batch_size=4)
     ran = inject(fails)  # wraps the first one, which fails never
     assert results(fresh, prompts) == expected
-    assert len(failed) > undisturbed / 8
+    assert len(failed) > undisturbed / 20
     assert undisturbed <= len(ran) <= undisturbed / 0.75
     if isinstance(fresh, NativeModel):
         assert not fresh._memory.pages.in_use
@@ -138,7 +138,7 @@ def test_a_poisoned_prompt_costs_itself_only(
     model = make_fixed(4, 256) if fixed else make_native(4)
     poison = 99
     prompts = [tuple(98 if token == poison else token for token in prompt) for prompt in texts(14)]
-    expected = results(model, prompts)
+    expected = {model.info.shape: results(model, prompts), "1x64": results(make_fixed(1, 64), prompts)}
     for place in poisoned:
         prompts[place] = (*prompts[place][:20], poison, *prompts[place][20:])
     model._memory.pages.forget()
@@ -146,9 +146,12 @@ def test_a_poisoned_prompt_costs_itself_only(
     inject(lambda name, _, packed, *rest: name == "read" and poison in packed.ids)
     found = results(model, prompts)
     assert codes([found[place] for place in poisoned]) == {"not_enough_memory"}
-    assert [row for place, row in enumerate(found) if place not in poisoned] == [
-        row for place, row in enumerate(expected) if place not in poisoned
-    ]
+    good = [place for place in range(14) if place not in poisoned]
+    for place in good:
+        scored, said = found[place]
+        assert (scored, said) == (expected[scored.shape][place][0], expected[said.shape][place][1])
+    small = sum(each.shape == "1x64" for place in good for each in found[place])
+    assert small <= len(poisoned) - 1, "rows that came out between one that was given up and the larger shape"
     assert model.info == info
     assert not model._memory.pages.in_use
 
