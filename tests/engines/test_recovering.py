@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alpaca_core import answer, fit_calibration, is_outlier, judge, rate, verify
 from alpaca_core.engines import memory, native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
@@ -102,6 +103,23 @@ def test_passes_shrink_until_they_fit_and_results_say_so(
     assert small.info.digest == model.info.digest
     assert results(small, prompts) == found
     assert {said.shape for _, said in found} == {scored.shape for scored, _ in found} == {model.info.shape}
+
+
+def test_what_verbs_return_names_the_shape(
+    make_fixed: Callable[..., NativeModel], inject: Callable[..., list[str]]
+) -> None:
+    model = make_fixed(8, 512)
+    texts = ["Is it so?", "Is that so?"]
+    fitted = fit_calibration(model, texts * 5, method="batch")
+    inject(lambda name, _, packed, *rest: name == "read" and len(packed.ids) > 256)
+    rows = judge(model, texts, calibration=fitted)
+    assert model.info.shape == "4x256"
+    rows += judge(model, texts, calibration=fitted)  # which holds for any shape
+    rows += judge(model, texts, ["so", "not"], rotate_labels=True)
+    rows += judge(model, texts, method="sampled", samples=2)
+    rows += [*answer(model, texts), *is_outlier(model, texts, ["It is.", "So it is."]), *rate(model, texts, "Is it?")]
+    rows += verify(model, texts, texts)
+    assert [row.shape for row in rows if not isinstance(row, RowError)] == ["4x256"] * len(rows)
 
 
 def test_a_row_comes_of_one_shape_though_it_shrinks_while_rows_are_on_their_way(
