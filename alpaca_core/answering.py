@@ -8,7 +8,7 @@ from typing import Any, Literal
 from alpaca_core import reasoning, verification
 from alpaca_core.consistency import Vote, tally
 from alpaca_core.errors import InvalidRequest, brief
-from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError
+from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError, shapes_of
 from alpaca_core.prompts import NO_ANSWER
 from alpaca_core.reasoning import Conclusion
 from alpaca_core.rows import Progress, check_rows, map_rows
@@ -29,7 +29,8 @@ class Answer(Value):
     had nothing to go by, `final_answer` where none stands out in the answer. `attempts` says how many it
     took; the best one is kept. `finish_reason` is ``length`` where the reasoning or the answer was cut at
     its limit of tokens. `escaped` says that a line in one of the prompts that equalled a template's
-    marker got a leading space.
+    marker got a leading space. `shape` is that of the model's passes, as in `Completion`; where it changed
+    meanwhile, both are named.
 
     Of several samples it is the likeliest one of those that agree with the winning answer; `share` is their
     share of all samples, None where only one was asked for, `p_correct` combines it with what the verifier
@@ -47,6 +48,7 @@ class Answer(Value):
     escaped: bool = False
     share: float | None = None
     votes: tuple[Vote, ...] = ()
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +270,7 @@ def _attempt_once(
             attempts=index + 1,
             finish_reason="length" if cut else "stop",
             escaped=any(step.escaped for step in (thought, conclusion, check) if step),
+            shape=shapes_of(thought, conclusion, check),
         )
 
     return map_rows(combine, questions, indices, thoughts, conclusions, checks)

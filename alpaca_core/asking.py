@@ -9,7 +9,7 @@ from typing import TypedDict
 from alpaca_core.calibration import Binding
 from alpaca_core.errors import InvalidLabels, InvalidRequest, RowRejected
 from alpaca_core.labels import Spellings, as_labels, find_spellings, log_sum
-from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow
+from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, ScoreRow, Scores, shapes_of
 from alpaca_core.prompts import TEXT, Prompt, template_of, user_text, with_labels
 from alpaca_core.rows import Progress, map_rows, run_rows
 from alpaca_core.spec import YES_NO, Label, TemplateName, digest_of
@@ -118,7 +118,7 @@ class Asking:
         asked = self.slots("\N{OBJECT REPLACEMENT CHARACTER}")
         shown = [self.shows_labels, self._letters, self.rotates]
         return Binding(
-            model=info.digest,
+            model=info.unshaped_digest or info.digest,  # the shape of passes changes last bits only
             adapter=used.digest if used else None,
             question=digest_of([self._writer.name, asked, words, shown, self._all_segmentations]),
             labels=self.names,
@@ -164,9 +164,9 @@ class Asking:
 
         def masses(each: Asked, scores: list[float]) -> list[float]:
             found = each.spellings.log_masses(scores, len(self.labels))
-            if self._letters is None:
-                return found
-            return found[-each.turn :] + found[: -each.turn]  # the first letter calls the label of number `turn`
+            if self._letters is not None:  # the first letter calls the label of number `turn`
+                found = found[-each.turn :] + found[: -each.turn]
+            return Scores(found, shapes_of(scores))
 
         rows = map_rows(lambda each: ScoreRow(each.prompt.ids, each.spellings.trie, adapter), asked)
         return map_rows(masses, asked, run_rows(self._model.loglikelihood, rows, progress, share))
@@ -218,10 +218,10 @@ def averaged(turns: Sequence[Sequence[float]]) -> list[float]:
     totals = [log_sum(turn) for turn in turns]
     said = [(turn, total) for turn, total in zip(turns, totals, strict=True) if total > -math.inf]
     if not said:
-        return list(turns[0])
+        return Scores(turns[0], shapes_of(*turns))
     coverage = log_sum(totals) - math.log(len(turns))
     shares = zip(*([mass - total for mass in turn] for turn, total in said), strict=True)
-    return [log_sum(share) - math.log(len(said)) + coverage for share in shares]
+    return Scores((log_sum(share) - math.log(len(said)) + coverage for share in shares), shapes_of(*turns))
 
 
 def _check_instruction(instruction: object) -> None:

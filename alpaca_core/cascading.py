@@ -7,7 +7,7 @@ from alpaca_core.asking import Asking
 from alpaca_core.calibration import Calibration
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.judging import Judgment, judge
-from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError
+from alpaca_core.model import DEFAULT_ADAPTER, Completion, LanguageModel, RowError, shapes_of
 from alpaca_core.prompts import TEXT, user_text
 from alpaca_core.reasoning import chain_of_thought
 from alpaca_core.rows import Progress, check_rows, column, map_rows
@@ -168,7 +168,9 @@ def cascade(
 
     def result(text: str, first: Judgment, thought: Completion | None, last: Judgment) -> CascadeJudgment:
         return CascadeJudgment(
-            **last.model_dump() | {"text": text, "calibration": digest, "escaped": first.escaped or last.escaped},
+            **last.model_dump()
+            | {"text": text, "calibration": digest, "escaped": first.escaped or last.escaped}
+            | {"shape": shapes_of(first, thought, last)},
             first=first.probabilities,
             first_label=first.label,
             reasoning=thought.text.strip() if thought else None,

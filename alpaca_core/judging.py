@@ -8,7 +8,7 @@ from alpaca_core.asking import Asked, Asking
 from alpaca_core.calibration import Calibration, check_calibration
 from alpaca_core.errors import InvalidRequest, brief
 from alpaca_core.labels import log_sum
-from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError
+from alpaca_core.model import DEFAULT_ADAPTER, GenerateRow, LanguageModel, RowError, Scores, shapes_of
 from alpaca_core.rows import Progress, check_rows, map_rows, run_rows
 from alpaca_core.spec import SEEDS, YES_NO, Label, Sampling, TemplateName, Value
 
@@ -25,7 +25,7 @@ class Judgment(Value):
     sum to 1; `coverage` is the mass that all labels had together before that, at most 1. `calibration` is
     the digest of the calibration that made the probabilities, None for the model's own. `escaped` says
     that a line of the text that equalled a template's marker got a leading space. `notes` name spellings
-    that were dropped because they would mean two labels.
+    that were dropped because they would mean two labels. `shape` is that of the model's passes, as in `Completion`.
     """
 
     text: str
@@ -36,6 +36,7 @@ class Judgment(Value):
     reason: str | None = None
     escaped: bool = False
     notes: tuple[str, ...] = ()
+    shape: str = ""
 
 
 def judge(
@@ -163,7 +164,7 @@ def _masses_by_samples(
     repeated = [each for each in asked for _ in range(samples)]
     rows = map_rows(draw, repeated, list(range(samples)) * len(asked))
     drawn = map_rows(
-        lambda each, response: (each.spellings.label_of(response.token_ids),),
+        lambda each, response: (each.spellings.label_of(response.token_ids), response),
         repeated,
         run_rows(model.generate, rows, progress, 1 / samples),
     )
@@ -172,8 +173,13 @@ def _masses_by_samples(
     for place in range(len(asked)):
         found = drawn[place * samples : (place + 1) * samples]
         error = next((each for each in found if isinstance(each, RowError)), None)
-        counts = [sum(each == (label,) for each in found) for label in range(labels)]
-        masses.append(error or [math.log(count / samples) if count else -math.inf for count in counts])
+        if error:
+            masses.append(error)
+            continue
+        good = [each for each in found if not isinstance(each, RowError)]
+        counts = [sum(each == label for each, _ in good) for label in range(labels)]
+        shapes = shapes_of(*(response for _, response in good))
+        masses.append(Scores((math.log(count / samples) if count else -math.inf for count in counts), shapes))
     return masses
 
 
@@ -204,4 +210,5 @@ def _judgment(
         reason=reason,
         escaped=asked.prompt.escaped,
         notes=asked.spellings.notes,
+        shape=shapes_of(masses),
     )

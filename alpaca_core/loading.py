@@ -27,7 +27,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         InvalidRequest: For a name or JSON in place of a recipe.
         ModelNotFound: If there is no such model or adapter, or the hub cannot be reached.
         DeviceUnavailable: If the device is not on this machine.
-        NotEnoughMemory: If the weights do not fit.
+        NotEnoughMemory: If the weights do not fit into the spec's share of the memory.
         UnsafeCheckpoint: If only a pickle is there, or code would have to be run.
         InvalidCheckpoint: If tensors are missing, unexpected, misshapen or not finite, or the model
             is no LLaMA-like decoder.
@@ -48,7 +48,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
 
     loaded = load_weights(spec, started)
     engine = NativeModel if runs(loaded.network) else TransformersModel
-    model = engine(loaded.network, loaded.tokenizer, loaded.info, batch_size=spec.batch_size)
+    model = engine(loaded.network, loaded.tokenizer, loaded.info, spec.batch_size, spec.memory_share)
     del loaded
     try:
         yield model

@@ -3,7 +3,7 @@
 Everything else in `alpaca_core` is written on `LanguageModel.generate` and `LanguageModel.loglikelihood`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, get_args
@@ -21,6 +21,7 @@ ErrorCode = Literal[
     "prompt_too_long",  # prompt and answer do not fit the model's context
     "unknown_adapter",  # the row names an adapter that the model does not have
     "not_finite",  # the model's logits hold NaN or infinity for this row
+    "not_enough_memory",  # the row finds no memory even alone
     "no_spelling",  # a label cannot be told apart from the others after this prompt
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
@@ -46,6 +47,7 @@ class Completion(Value):
 
     `finish_reason` is ``stop`` where the model ended by itself, ``length`` where `max_new_tokens` did.
     `escaped` says that a line of the prompt that equalled a template's marker got a leading space.
+    `shape` is the model's `ModelInfo.shape` when the response was computed, empty where its bits do not depend on it.
     """
 
     text: str
@@ -54,6 +56,25 @@ class Completion(Value):
     prompt_tokens: int
     completion_tokens: int
     escaped: bool = False
+    shape: str = ""
+
+
+class Scores(list[float]):
+    """Numbers of one row, and the `shape` of the passes that they came of, as in `ModelInfo`."""
+
+    def __init__(self, numbers: Iterable[float], shape: str = "") -> None:
+        super().__init__(numbers)
+        self.shape = shape
+
+
+def shapes_of(*results: object) -> str:
+    """Name the shapes that results were computed in, each once; usually it is one, or none.
+
+    Example:
+        >>> shapes_of(Scores([0.5], "32x2048"), Scores([0.1], "16x1024"), [0.2])
+        '32x2048, 16x1024'
+    """
+    return ", ".join(dict.fromkeys(shape for each in results if (shape := getattr(each, "shape", ""))))
 
 
 class AdapterInfo(Value):
@@ -74,6 +95,8 @@ class ModelInfo(Value):
     weights take on their device, in GiB; `load_seconds` the load, imports included.
     `rows_independent` says whether a row's result is the same in any company, bit for bit, with beams too. On a
     GPU that holds for one `shape`, rows of a decode step by tokens of a pass over prompts, which `digest` covers.
+    Where a GPU runs out of memory the shape becomes a smaller one, and `info` of the model another.
+    `unshaped_digest` is `digest` without the shape, where that counts: what calibrations are bound to.
     """
 
     name: str
@@ -91,6 +114,7 @@ class ModelInfo(Value):
     revision: str | None = None
     rows_independent: bool = False
     shape: str = ""
+    unshaped_digest: str = ""
     memory_gib: float = 0.0
     load_seconds: float = 0.0
 
@@ -196,7 +220,7 @@ class LanguageModel(Protocol):
         ...
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
-        """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
+        """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats; perhaps `Scores`."""
         ...
 
 

@@ -81,6 +81,9 @@ class ModelSpec(Value):
         template: ``auto`` takes what the adapter records, else the model's chat template, else Alpaca.
             ``alpaca`` ends in ``### Response:``, ``alpaca-lora`` in that and a newline; ``raw`` adds nothing.
         batch_size: Sequences computed together at most; a row with beams counts as many.
+        memory_share: Of the device's memory, what this process may take for weights, cache and passes together,
+            above 0 and at most 1. On a CPU it bounds weights and cache. No result depends on it, except that where
+            a GPU runs out of memory, passes get smaller: see `ModelInfo.shape`.
 
     Raises:
         pydantic.ValidationError: For an unknown field, or fields that contradict one another.
@@ -114,6 +117,9 @@ class ModelSpec(Value):
         default="auto", description="Prompt template; auto asks the adapter, then the model."
     )
     batch_size: int = Field(default=32, ge=1, le=4096, description="Sequences computed together at most.")
+    memory_share: float = Field(
+        default=0.9, gt=0.0, le=1.0, description="Share of the device's memory that may be taken, such as 0.9."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

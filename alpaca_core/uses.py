@@ -18,19 +18,20 @@ MOST_REFERENCES = 64
 class Outlier(Value):
     """Whether a text is of another kind than the reference: P(outlier), and the mass of yes and no together.
 
-    `p_outlier` is None where that mass is 0.
+    `p_outlier` is None where that mass is 0. `shape` is that of the model's passes, as in `Completion`.
     """
 
     text: str
     p_outlier: float | None
     coverage: float
     escaped: bool = False
+    shape: str = ""
 
 
 class Rating(Value):
     """A text's score: the mean of `distribution`, the probability of each step of the scale.
 
-    `score` is None where no step had any mass.
+    `score` is None where no step had any mass. `shape` is that of the model's passes, as in `Completion`.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Rating(Value):
     distribution: dict[str, float]
     coverage: float
     escaped: bool = False
+    shape: str = ""
 
 
 def classify(
@@ -209,6 +211,7 @@ def is_outlier(
             p_outlier=judgment.probabilities["No"] if known else None,
             coverage=judgment.coverage,
             escaped=judgment.escaped,
+            shape=judgment.shape,
         )
 
     return map_rows(outlier, judged)
@@ -267,6 +270,7 @@ def rate(
             distribution=judgment.probabilities,
             coverage=judgment.coverage,
             escaped=judgment.escaped,
+            shape=judgment.shape,
         )
 
     return map_rows(rating, judged)

@@ -7,7 +7,7 @@ from alpaca_core import prompts
 from alpaca_core.consistency import agreeing, pooled
 from alpaca_core.errors import InvalidRequest
 from alpaca_core.judging import Judgment, judge
-from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError
+from alpaca_core.model import DEFAULT_ADAPTER, LanguageModel, RowError, shapes_of
 from alpaca_core.prompts import user_text
 from alpaca_core.reasoning import CONCLUSION, Conclusion, chain_of_thought, conclude, final_answer
 from alpaca_core.rows import Progress, check_rows, column, map_rows
@@ -26,7 +26,8 @@ class Verification(Value):
     """What the model thinks of an answer: P(correct), and the mass that yes and no had together.
 
     `p_correct` is None where that mass is 0 and nothing else was asked, since nothing tells the two apart
-    then. `share` is that of the draws which agree with the answer, None where none were made.
+    then. `share` is that of the draws which agree with the answer, None where none were made. `shape` is that of
+    the model's passes, as in `Completion`.
     """
 
     question: str
@@ -35,6 +36,7 @@ class Verification(Value):
     coverage: float
     escaped: bool = False
     share: float | None = None
+    shape: str = ""
 
 
 def verify(
@@ -120,6 +122,7 @@ def verify(
             coverage=judgment.coverage,
             escaped=judgment.escaped,
             share=share,
+            shape=shapes_of(judgment, *(drawn or ())),
         )
 
     return map_rows(verification, questions, answers, judged, drawn)

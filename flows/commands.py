@@ -46,7 +46,7 @@ def run_generate(options: argparse.Namespace) -> int:
     """Generate a response to each prompt."""
     texts, sampling = texts_of(options.texts), sampling_of(options)
     inputs = None if options.input is None else [options.input] * len(texts)
-    with opened(options) as model, progress_bar("generate", len(texts)) as progress:
+    with opened(options) as model, progress_bar("generate", len(texts), model) as progress:
         rows = generate(model, texts, sampling, inputs=inputs, progress=progress)
     return print_rows(
         options,
@@ -60,7 +60,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_answer(options: argparse.Namespace) -> int:
     """Reason, answer and verify each question."""
     texts, sampling = texts_of(options.texts), sampling_of(options)
-    with opened(options) as model, progress_bar("answer", len(texts)) as progress:
+    with opened(options) as model, progress_bar("answer", len(texts), model) as progress:
         rows = answer(
             model,
             texts,
@@ -83,7 +83,7 @@ def run_judge(options: argparse.Namespace) -> int:
     texts = texts_of(options.texts)
     labels = options.labels or YES_NO
     calibration, policy = _calibration_and_policy(options)
-    with opened(options) as model, progress_bar("judge", len(texts)) as progress:
+    with opened(options) as model, progress_bar("judge", len(texts), model) as progress:
         rows = judge(
             model,
             texts,
@@ -108,7 +108,7 @@ def run_cascade(options: argparse.Namespace) -> int:
     texts, sampling = texts_of(options.texts), sampling_of(options)
     calibration = saved(Calibration, options.calibration)
     reasoned_calibration = saved(Calibration, options.reasoned_calibration)
-    with opened(options) as model, progress_bar("cascade", len(texts)) as progress:
+    with opened(options) as model, progress_bar("cascade", len(texts), model) as progress:
         rows = cascade(
             model,
             texts,
@@ -128,7 +128,7 @@ def run_classify(options: argparse.Namespace) -> int:
     """Sort texts into categories."""
     texts = texts_of(options.texts)
     calibration, policy = _calibration_and_policy(options)
-    with opened(options) as model, progress_bar("classify", len(texts)) as progress:
+    with opened(options) as model, progress_bar("classify", len(texts), model) as progress:
         rows = classify(
             model,
             texts,
@@ -149,7 +149,7 @@ def run_same_meaning(options: argparse.Namespace) -> int:
         raise InvalidRequest(f"texts are compared two by two, but got {len(texts)} of them. Add one, or drop one.")
     firsts, seconds = texts[::2], texts[1::2]
     calibration = saved(Calibration, options.calibration)
-    with opened(options) as model, progress_bar("same-meaning", len(firsts)) as progress:
+    with opened(options) as model, progress_bar("same-meaning", len(firsts), model) as progress:
         rows = same_meaning(
             model, firsts, seconds, min_coverage=options.min_coverage, calibration=calibration, progress=progress
         )
@@ -161,7 +161,7 @@ def run_is_outlier(options: argparse.Namespace) -> int:
     """Judge whether each text is of another kind than the reference rows."""
     texts, reference = texts_of(options.texts), reference_of(options.reference)
     calibration = saved(Calibration, options.calibration)
-    with opened(options) as model, progress_bar("is-outlier", len(texts)) as progress:
+    with opened(options) as model, progress_bar("is-outlier", len(texts), model) as progress:
         rows = is_outlier(model, texts, reference, calibration=calibration, progress=progress)
     return print_rows(options, rows, lambda: [terminal.outliers_view(texts, rows)])
 
@@ -170,7 +170,7 @@ def run_rate(options: argparse.Namespace) -> int:
     """Rate each text on a scale."""
     texts = texts_of(options.texts)
     calibration = saved(Calibration, options.calibration)
-    with opened(options) as model, progress_bar("rate", len(texts)) as progress:
+    with opened(options) as model, progress_bar("rate", len(texts), model) as progress:
         rows = rate(
             model,
             texts,
@@ -204,7 +204,7 @@ def run_tokens(options: argparse.Namespace) -> int:
         shown = show_tokens(model, texts)
         after: Sequence[tuple[TokenProbability, ...] | RowError] = [()] * len(texts)
         if options.next:
-            with progress_bar("tokens", len(texts)) as progress:
+            with progress_bar("tokens", len(texts), model) as progress:
                 after = next_tokens(model, texts, options.next, progress=progress)
     rows = map_rows(lambda text, tokens, best: TokenRow(text=text, tokens=tokens, next=best), texts, shown, after)
     return print_rows(

@@ -35,7 +35,7 @@ class Measured(Measurement):
 def run_calibrate(options: argparse.Namespace) -> int:
     """Fit a calibration, write it, save it, show it."""
     texts, gold = labelled_texts(options.file)
-    with opened(options) as model, progress_bar("calibrate", len(texts)) as progress:
+    with opened(options) as model, progress_bar("calibrate", len(texts), model) as progress:
         fitted = fit_calibration(
             model,
             texts,
@@ -52,7 +52,7 @@ def run_fit_policy(options: argparse.Namespace) -> int:
     """Fit a policy on judgments of labelled texts, write it, save it, show it."""
     texts, gold = _with_labels(options, "a policy is fitted")
     calibration = saved(Calibration, options.calibration)
-    with opened(options) as model, progress_bar("judge", len(texts)) as progress:
+    with opened(options) as model, progress_bar("judge", len(texts), model) as progress:
         judged = judge(
             model,
             texts,
@@ -73,9 +73,9 @@ def run_measure(options: argparse.Namespace) -> int:
     order = None
     with opened(options) as model:
         if options.order:  # first, since it is refused where the prompt names no labels
-            with progress_bar("order", len(texts)) as progress:
+            with progress_bar("order", len(texts), model) as progress:
                 order = measure_order(model, texts, labels, calibration=calibration, progress=progress, **question)
-        with progress_bar("judge", len(texts)) as progress:
+        with progress_bar("judge", len(texts), model) as progress:
             judged = judge(model, texts, labels, calibration=calibration, progress=progress, **question)
         with quiet("Measuring …"):
             measured = Measured(**measure(judged, gold).model_dump(), order=order)

@@ -46,6 +46,7 @@ def model_options() -> Parser:
     group.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--template", choices=get_args(TemplateName), help="prompt template instead of the model's own")
     group.add_argument("--batch-size", type=int, metavar="ROWS", help="rows computed together at most")
+    group.add_argument("--memory-share", type=float, metavar="SHARE", help="of the device's memory (default 0.9)")
     return parser
 
 
@@ -76,8 +77,9 @@ def spec_of(options: argparse.Namespace) -> ModelSpec:
         base = ModelSpec.preset(options.model).model_dump(exclude_unset=True)
     except InvalidRequest:
         base = {"base_model": options.model}
-    fields = ("revision", "adapter", "adapter_revision", "quantization", "dtype", "device", "template", "batch_size")
-    return ModelSpec.model_validate(base | _given(options, fields))
+    source = ("revision", "adapter", "adapter_revision")
+    run = ("quantization", "dtype", "device", "template", "batch_size", "memory_share")
+    return ModelSpec.model_validate(base | _given(options, (*source, *run)))
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:

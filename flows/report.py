@@ -10,6 +10,7 @@ from alpaca_core.errors import AlpacaError
 from alpaca_core.model import RowError
 from prefect_alpaca.flows.terminal import escape_note, printable
 from prefect_alpaca.tasks import Json
+from prefect_alpaca.tasks.speed import speed_of_run
 
 MOST_SHOWN = 100
 """Rows that a page shows; the table and the result have more."""
@@ -108,6 +109,8 @@ def leave(
     """
     failed = [result for result in results if isinstance(result, RowError)]
     by = f"{inline(status['name'])} on {status['device']}, digest {status['digest'][:12]}"
+    if speed := speed_of_run(len(results)):
+        by += f" · {speed.rates}"
     if failed:
         by += f" · **{len(failed)} of {len(results)} failed**"
     if note := escape_note(results):

@@ -10,11 +10,10 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 from rich.console import Console, RenderableType
-from rich.progress import Progress as Bar
-from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-from alpaca_core import Calibration, LanguageModel, Policy, RowError, load_model
+from alpaca_core import Calibration, Policy, RowError, load_model, progress
 from alpaca_core.errors import InvalidRequest
+from alpaca_core.metering import Metered
 from alpaca_core.rows import Progress
 from alpaca_core.spec import Value
 from prefect_alpaca.flows import terminal
@@ -31,22 +30,24 @@ def quiet(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(options: argparse.Namespace) -> Iterator[LanguageModel]:
+def opened(options: argparse.Namespace) -> Iterator[Metered]:
     """Load the model, and keep libraries off standard output as long as it is there."""
     spec = spec_of(options)
     with redirect_stdout(sys.stderr), ExitStack() as stack:
         with quiet(f"Loading {spec.base_model} …"):
             model = stack.enter_context(load_model(spec))
-        yield model
+        yield Metered(model)
 
 
 @contextmanager
-def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
-    """Draw a progress bar on standard error where that is a terminal, and wipe it at the end."""
-    console, columns = Console(stderr=True), (SpinnerColumn(), *Bar.get_default_columns(), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(verb, total=rows)
-        yield lambda finished: bar.advance(task, finished)
+def progress_bar(verb: str, rows: int, model: Metered) -> Iterator[Progress]:
+    """Draw a progress bar on standard error where that is a terminal, and say how fast it was in its place."""
+    model.restart()
+    with progress.progress_bar(verb, rows) as advance:
+        yield advance
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(terminal.text(f"{verb}: {model.speed(rows)}", "dim"))
 
 
 def print_rows(

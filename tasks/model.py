@@ -17,6 +17,7 @@ from prefect.logging import get_logger, get_run_logger
 import alpaca_core
 from alpaca_core import Completion, LanguageModel, ModelSpec, RowError
 from alpaca_core.model import GenerateRow, ModelInfo, ScoreRow
+from alpaca_core.spec import TemplateName
 from alpaca_core.tokenizer import Tokenizer
 
 # A lock and not functools.cache: under the thread runner a cached loader ran once in each of four threads.
@@ -39,7 +40,7 @@ def loaded(spec: ModelSpec) -> LanguageModel:
             run_logger().info("Loading %s", spec.base_model)
             _models[recipe] = _open.enter_context(alpaca_core.load_model(recipe))
         model = _models[recipe]
-    return model if spec == recipe else _Templated(model, model.info.model_copy(update={"template": spec.template}))
+    return model if spec == recipe else _Templated(model, spec.template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,11 @@ class _Templated:
     """A model that is asked by another template: the same weights, another `info`."""
 
     model: LanguageModel
-    info: ModelInfo
+    template: TemplateName
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info.model_copy(update={"template": self.template})  # which may change: its shape does
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -1,19 +1,16 @@
 """A progress bar on a run's page and in a terminal, cheap enough to leave on."""
 
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
 from prefect.logging import get_logger
-from rich.console import Console
-from tqdm import tqdm
 
+from alpaca_core import progress as terminal
 from alpaca_core.rows import Progress
 
 PATIENCE = 5.0
@@ -21,11 +18,6 @@ PATIENCE = 5.0
 
 INTERVAL = 2.0
 """Seconds between two updates of it, each of which is a request to the Prefect API."""
-
-TICK = 1.0
-"""Seconds of work before a terminal shows a bar, and between two moves of its clock."""
-
-_LOOK = "{desc}: {percentage:3.0f}% |{bar}| of {total_fmt} rows [{elapsed}<{remaining}]"
 
 
 @contextmanager
@@ -46,7 +38,7 @@ def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
     def advance(finished: float) -> None:
         nonlocal done, due
         done += finished
-        terminal.update(finished)
+        on_terminal(finished)
         if time.monotonic() >= due and TaskRunContext.get():
             draw()
             due = time.monotonic() + INTERVAL
@@ -62,39 +54,7 @@ def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
         except Exception as error:  # of whatever kind: the rows are worth more than their bar
             get_logger("alpaca").debug("Progress could not be shown: %s", error)
 
-    with _terminal_bar(verb, rows) as terminal:
+    with terminal.progress_bar(verb, rows) as on_terminal:
         yield advance
     if artifact is not None:
         draw()
-
-
-@contextmanager
-def _terminal_bar(verb: str, rows: int) -> Iterator["tqdm[Any]"]:
-    """Draw a bar whose clock ticks even while no row finishes, and wipe it at the end."""
-    over = threading.Event()
-
-    def tick() -> None:
-        while not over.wait(TICK):
-            bar.refresh()
-
-    width, height = Console(stderr=True).size  # tqdm draws nothing in a terminal that does not tell its size
-    with tqdm(
-        total=rows,
-        desc=verb,
-        bar_format=_LOOK,
-        ncols=width - 1,
-        nrows=height,
-        delay=TICK,
-        disable=None,
-        leave=False,
-        file=sys.stderr,
-    ) as bar:
-        clock = threading.Thread(target=tick, daemon=True)
-        if not bar.disable:
-            clock.start()
-        try:
-            yield bar
-        finally:
-            over.set()
-            if not bar.disable:
-                clock.join()

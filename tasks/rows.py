@@ -1,16 +1,17 @@
 """What every task over rows does: run the verb, show progress, log, and turn values into JSON and back."""
 
-import time
 from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from alpaca_core import Calibration, Label, ModelSpec, RowError
+from alpaca_core.metering import Metered
 from alpaca_core.rows import check_rows
 from alpaca_core.spec import Value
 from prefect_alpaca.tasks.model import loaded, run_logger
 from prefect_alpaca.tasks.progress import progress_bar
+from prefect_alpaca.tasks.speed import note
 
 Json = dict[str, Any]
 """One row as JSON: the fields of the verb's value, or ``code`` and ``message`` of a `RowError`."""
@@ -46,7 +47,7 @@ def run_verb(
     *arguments: object,
     **settings: object,
 ) -> list[Json]:
-    """Run a core verb on this process's model: a progress bar, a line of log, a warning for rows that failed.
+    """Run a core verb on this process's model: a progress bar, its speed in the log, a warning for rows that failed.
 
     Args:
         verb: Takes the model, the rows, the arguments and the settings, and `progress`.
@@ -63,12 +64,12 @@ def run_verb(
     for name in ("calibration", "reasoned_calibration"):
         if settings.get(name) is not None:
             settings[name] = Calibration.model_validate(settings[name])
-    model, logger = loaded(spec), run_logger()
-    started = time.monotonic()
+    model, logger = Metered(loaded(spec)), run_logger()
     with progress_bar(verb.__name__, len(rows)) as progress:
         results = verb(model, rows, *arguments, progress=progress, **settings)
-    batch, seconds = counted(len(rows), "row"), time.monotonic() - started
-    logger.info("%s: %s in %.1f s by %s on %s", verb.__name__, batch, seconds, model.info.name, model.info.device)
+    batch, speed = counted(len(rows), "row"), model.speed(len(rows))
+    note(speed)
+    logger.info("%s: %s by %s on %s", verb.__name__, speed, model.info.name, model.info.device)
     failed = [result for result in results if isinstance(result, RowError)]
     if failed:
         first = next(place for place, result in enumerate(results, 1) if isinstance(result, RowError))

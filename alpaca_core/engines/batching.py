@@ -34,12 +34,13 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row's place in its request, what it may share a batch with, and how much of it it takes."""
+    """A row's place in its request, what it may share a batch with, how long it is, and how much of it it takes."""
 
     index: int
     group: Hashable
     length: int
     lanes: int = 1
+    new_tokens: int = 0
 
 
 def batches(jobs: Iterable[Job], size: int) -> Iterator[list[int]]:

@@ -20,10 +20,11 @@ _ROOM = 64
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a row generated, without the token that ended it, and whether one did."""
+    """What a row generated, without the token that ended it, whether one did, and the name of the passes' shape."""
 
     token_ids: tuple[int, ...]
     stopped: bool
+    shape: str = ""
 
 
 class _Line:

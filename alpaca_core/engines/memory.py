@@ -2,59 +2,58 @@
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 from torch import Tensor
 
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.packing import TILE
 from alpaca_core.engines.pages import Pages
-from alpaca_core.errors import NotEnoughMemory
+from alpaca_core.engines.recovering import ran_out, too_large
+from alpaca_core.engines.sharing import room
 
 _SHARE = 0.8
-"""Of the memory that is free when the first row comes, what the cache may take in the end."""
+"""Of the room that is left when the first row comes, what the cache may take in the end; passes take the rest."""
 
 
 class Memory:
-    """Takes memory for pages as rows come, up to a share of what is free.
+    """Takes memory for pages as rows come, up to a share of what is left beside the weights.
 
     Args:
         llama: Whose keys and values are kept.
+        share: Of the device's memory, what weights, cache and passes may take together.
 
     Attributes:
         cache: As `Llama.new_cache` makes it.
         version: Counts the times that `cache` became another tensor.
     """
 
-    def __init__(self, llama: Llama) -> None:
-        self._llama = llama
+    def __init__(self, llama: Llama, share: float) -> None:
+        self._llama, self._share = llama, share
         self.pages = Pages(1)
         self.cache: Tensor = llama.new_cache(1)
         self.version = 0
         self._limit: int | None = None
+        self._crowded = False  # there was no memory for a second cache beside this one
 
     def take(self, adapter: int, prompt: Sequence[int], size: int) -> tuple[list[int], int] | None:
         """Take the pages of a row, as `Pages.take` does; None where rows have to end first.
 
         Raises:
-            NotEnoughMemory: If no row holds a page, and the memory is too small for this one.
+            RowRejected: If the memory is too small for this row, however few others there are.
         """
+        needed = -(-size // TILE)
         taken = self.pages.take(str(adapter), prompt, size)
-        if taken is None and self._grow(self.pages.count + -(-size // TILE)):
+        if taken is None and self._grow(self.pages.count + needed, 1 + needed):
             taken = self.pages.take(str(adapter), prompt, size)
-        if taken is None and not self.pages.in_use:
-            raise NotEnoughMemory(
-                f"a row of {size:,} tokens, those of all beams counted, needs more memory for keys and values than "
-                f"{self._llama.device} has left. Lower max_new_tokens or num_beams, shorten the prompt, or load the "
-                "model in fewer bits."
-            )
+        if taken is None and (needed >= self._most() or not self.pages.in_use):
+            raise too_large(size, self._llama.device)
         return taken
 
     def expect(self, sizes: Sequence[int]) -> None:
         """Make room for rows of these numbers of tokens at once, where nothing has to be copied for it."""
         wanted = 1 + sum(-(-size // TILE) for size in sizes)
         if not self.pages.in_use and wanted > self.pages.count:
-            self._grow(wanted)
+            self._grow(wanted, wanted)
 
     def release(self, pages: Sequence[int], *, spoilt: bool = False) -> None:
         """Give a row's pages back; those of a row that was not finite are wiped, since a mask does not stop NaN."""
@@ -62,38 +61,57 @@ class Memory:
         if spoilt and left:
             self.cache[:, :, torch.tensor(left, device=self._llama.device)] = 0
 
+    def forget(self) -> None:
+        """Forget what earlier prompts left, and where no row holds a page give the memory back, too."""
+        self.pages.forget()
+        self._limit = None  # what is left may be another amount by now
+        if not self.pages.in_use:
+            self.pages = Pages(1)
+            self.cache = self.cache[:, :, :1].clone()
+            self.version += 1
+
     def close(self) -> None:
         """Give the memory back."""
         self.cache = self.cache[:, :, :0].clone()
 
-    def _grow(self, least: int) -> bool:
-        if self._limit is None:
-            self._limit = self._most()
-        count = min(self._limit, max(least, self.pages.count * 3 // 2))
-        if count <= self.pages.count:
+    def _grow(self, wanted: int, least: int) -> bool:
+        """Get more pages: `wanted` or half as many again, or else `least`, and no more than there may be."""
+        held = self.pages.in_use
+        counts = [min(count, self._most()) for count in (max(wanted, self.pages.count * 3 // 2), least)]
+        counts = [count for count in counts if count > self.pages.count]
+        if not counts or (held and self._crowded):
             return False
-        try:
-            if self.pages.in_use:
-                larger = self._llama.new_cache(count)
-                larger[:, :, : self.pages.count] = self.cache
-            else:  # there is nothing to copy, so the memory is not needed twice
-                self.pages.forget()
-                self.cache = self.cache[:, :, :0].clone()
-                larger = self._llama.new_cache(count)
-        except (torch.OutOfMemoryError, MemoryError):
-            self._limit = self.pages.count
-            if not self.pages.in_use:
-                self.cache = self._llama.new_cache(self.pages.count)
+        if not held:  # there is nothing to copy, so the memory is not needed twice
+            self.pages.forget()
+            self.cache = self.cache[:, :, :0].clone()
+        larger = next((cache for count in counts if (cache := self._made(count)) is not None), None)
+        self._crowded = held and larger is None
+        if larger is not None and held:
+            larger[:, :, : self.pages.count] = self.cache
+        elif larger is None and not held:
+            self.cache = self._llama.new_cache(self.pages.count)
+            self.version += 1
+        if larger is None:
             return False
         self.cache = larger
-        self.pages.add(count)
+        self.pages.add(larger.shape[2])
         self.version += 1
         return True
 
+    def _made(self, pages: int) -> Tensor | None:
+        """A new cache; None where memory runs out."""
+        try:
+            return self._llama.new_cache(pages)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            return None
+
     def _most(self) -> int:
         """Pages that fit into the share."""
-        if self._llama.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._llama.device)
-        else:
-            free = psutil.virtual_memory().available
-        return int(_SHARE * free / (self.cache.numel() * self.cache.element_size()))
+        if self._limit is None:
+            page = self._llama.new_cache(1)
+            held = self.cache.numel() * self.cache.element_size()
+            left = room(self._llama.device, self._share) + held
+            self._limit = max(1, int(_SHARE * left / (page.numel() * page.element_size())))
+        return self._limit

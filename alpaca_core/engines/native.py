@@ -1,9 +1,6 @@
 """`LanguageModel` on our own forward pass: on a GPU a row's result is the same in any company, bit for bit."""
 
-import gc
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftModel
@@ -12,11 +9,12 @@ from transformers import PreTrainedModel
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
+from alpaca_core.engines.recovering import Recovery
 from alpaca_core.engines.running import Request, Runner, outcomes
 from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.engines.transformers import TransformersModel
-from alpaca_core.errors import InvalidRequest, NotEnoughMemory, RowRejected
+from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.spec import digest_of
 from alpaca_core.tokenizer import Tokenizer
@@ -24,43 +22,42 @@ from alpaca_core.tokenizer import Tokenizer
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
 _CPU_TOKENS = 1024
-_ATTEMPTS = 8
-
-_Found = TypeVar("_Found")
 
 
 class NativeModel(TransformersModel):
     """A loaded network of LLaMA's family, run by `Llama`.
 
     Callers in several threads share passes: whoever waits for a row takes the next step for all, in turn one of
-    the rows without beams and one of those with beams.
+    the rows without beams and one of those with beams. Where memory runs out the shape of passes may become a
+    smaller one, and `info` another: `recovering.py`.
 
     Args:
         network: One that `llama.runs` accepts.
         tokenizer: The model's.
         info: What the model is.
         batch_size: Rows that a decode step computes.
+        memory_share: Of the device's memory, what weights, cache and passes may take together.
     """
 
     def __init__(
-        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int = 32
+        self,
+        network: PreTrainedModel | PeftModel,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        batch_size: int = 32,
+        memory_share: float = 0.9,
     ) -> None:
-        super().__init__(network, tokenizer, info, batch_size)
-        fixed = self._device.type == "cuda"
-        tokens = min(_GPU_TOKENS, max(64, 64 * batch_size)) if fixed else _CPU_TOKENS
-        shape = Shape(batch_size, tokens, fixed)
+        super().__init__(network, tokenizer, info, batch_size, memory_share)
+        shape = first_shape(self._device, batch_size)
         with torch.no_grad():
             self._llama: Llama | None = Llama(network)
-            told: dict[str, object] = {"engine": "native", "rows_independent": fixed or self._llama.steady()}
-            self._memory = Memory(self._llama)
+            self._memory = Memory(self._llama, memory_share)
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
             self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
-        if fixed:
-            sizes = f"{shape.slots}x{shape.tokens}"
-            told |= {"shape": sizes, "digest": digest_of([info.digest, sizes])}
-        self.info = info.model_copy(update=told)
-        self._shape = shape
-        self._failures = Counter[str]()  # one after the other, of each kind of step
+            self._steady = shape.fixed or self._llama.steady()
+        self._loaded = info
+        self._recovery = Recovery(shape, self._changed)
+        self._tell(shape)
         self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
@@ -85,7 +82,7 @@ class NativeModel(TransformersModel):
                     with self._lock:
                         self._open()
                         if not request.ended:
-                            self._attempt(worker.advance)
+                            self._recovery.advance(worker)
                     for index, outcome in outcomes(request):
                         yield index, self._completion(rows[index], outcome)
         finally:
@@ -105,12 +102,12 @@ class NativeModel(TransformersModel):
                 yield index, RowError.of(rejection)
         self._open()
         assert self._llama is not None
-        reader = Reader(self._llama, self._memory, self._shape, ready)
+        reader = Reader(self._llama, self._memory, self._recovery.shape, ready)
         try:
             while not reader.done:
                 with self._lock:
                     self._open()
-                    ended = self._attempt(reader.advance)
+                    ended = self._recovery.advance(reader)
                 for index, outcome in ended or ():
                     yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
         finally:
@@ -128,27 +125,17 @@ class NativeModel(TransformersModel):
                 del self._memory, self._runner, self._searcher
         super().close()
 
-    def _attempt(self, advance: Callable[[], _Found]) -> _Found | None:
-        """Take a step; where memory is short give back what is spare, and let the caller try again.
+    def _changed(self, shape: Shape) -> None:
+        """Drop what passes of another shape have left, since bits depend on it."""
+        self._memory.forget()
+        self._tell(shape)
 
-        Raises:
-            NotEnoughMemory: After several attempts one after the other.
-        """
-        try:
-            found = advance()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            self._failures[advance.__qualname__] += 1
-            if self._failures[advance.__qualname__] > _ATTEMPTS:
-                raise NotEnoughMemory(
-                    f"{self.info.device} has no memory for a step of {self._shape.slots} rows and passes of "
-                    f"{self._shape.tokens:,} tokens. Lower batch_size, or load the model in fewer bits."
-                ) from error
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            return None
-        del self._failures[advance.__qualname__]
-        return found
+    def _tell(self, shape: Shape) -> None:
+        told: dict[str, object] = {"engine": "native", "rows_independent": self._steady}
+        if shape.fixed:
+            digest = self._loaded.digest
+            told |= {"shape": shape.name, "digest": digest_of([digest, shape.name]), "unshaped_digest": digest}
+        self.info = self._loaded.model_copy(update=told)
 
     def _open(self) -> None:
         if self._llama is None:
@@ -158,3 +145,10 @@ class NativeModel(TransformersModel):
         """Number of the row's adapter; -1 is the bare base."""
         name = self._adapter(row)
         return -1 if name is None else self._numbers[name]
+
+
+def first_shape(device: torch.device, batch_size: int) -> Shape:
+    """Choose the sizes of passes: on a GPU a function of the batch size, since bits depend on them."""
+    if device.type == "cuda":
+        return Shape(batch_size, min(_GPU_TOKENS, max(64, 64 * batch_size)), fixed=True)
+    return Shape(batch_size, _CPU_TOKENS, fixed=False)

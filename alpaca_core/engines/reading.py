@@ -5,9 +5,11 @@ pages that they share; only of their last tokens, and of the inner nodes of the 
 pass is started before the results of the one before are looked at, so that a GPU does not wait for the host.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.packing import TILE, Tile, prompt_tiles, text_tiles, trie_tiles
+from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
-from alpaca_core.errors import NotEnoughMemory, RowRejected
-from alpaca_core.model import ScoreRow, Trie
+from alpaca_core.errors import RowRejected
+from alpaca_core.model import ScoreRow, Scores, Trie
 
 _HEADS = 128
 """States whose logits are made at once on a GPU."""
@@ -38,6 +41,11 @@ class _Reading:
     pages: list[int] = field(default_factory=list)
     open: int = 0
     finite: bool = True
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt, and of the longest path."""
+        return len(self.row.prompt_ids) + max(self.row.continuations.depths(), default=0)
 
 
 _Batch = list[tuple[Tile, tuple[_Reading, list[int]]]]
@@ -68,58 +76,96 @@ class _Pass:
 
 
 class Reader:
-    """Scores the rows of one request, pass by pass.
+    """Scores the rows of one request, pass by pass, as a `recovering.Worker`.
 
     Args:
         llama: The weights.
         memory: The cache.
         shape: The sizes of passes.
         rows: Rows that fit the context, each with its index and the number of its adapter.
+
+    Attributes:
+        shape: The sizes of passes.
+        finished: Rows that have come out of passes.
     """
 
     def __init__(self, llama: Llama, memory: Memory, shape: Shape, rows: Sequence[tuple[int, ScoreRow, int]]) -> None:
-        self._llama, self._memory, self._shape, self._rows = llama, memory, shape, rows
+        self._llama, self._memory, self._rows = llama, memory, rows
+        self.shape = shape
+        self.finished = 0
+        self._most = math.inf  # rows at once
         waiting = [_Reading(index, row, adapter, [0.0] * len(row.continuations.tokens)) for index, row, adapter in rows]
         self._waiting = deque(sorted(waiting, key=lambda each: (each.adapter, each.row.prompt_ids)))
         self._nodes: _Batch = []  # tiles of tries whose prompts have been read
         self._passes: deque[_Pass] = deque()
         self._held: dict[int, _Reading] = {}
+        self._refused: list[tuple[int, RowRejected]] = []
         self._children: dict[int, dict[int, list[int]]] = {}
 
     @property
     def done(self) -> bool:
         """Whether all rows have come out."""
-        return not (self._waiting or self._held)
+        return not (self._waiting or self._held or self._refused)
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[int, list[float] | RowRejected]]:
         """Read the next prompts, and inner nodes when they fill a pass; return the rows that are complete.
 
         After an error all rows that are not complete are back in line, and their results will be the same.
+
+        Raises:
+            ShortOfMemory: If one row alone ran out of memory; it is the first in line again.
         """
         before = len(self._passes)
+        short = None
         try:
-            many = sum(len(tile.ids) for tile, _ in self._nodes) >= self._shape.tokens
+            many = sum(len(tile.ids) for tile, _ in self._nodes) >= self.shape.tokens
             tiles = [] if many else self._prompts()
-            for batch in self._shape.passes(tiles):
-                self._read(batch, every=False)
+            self._read(tiles, every=False)
             if many or not tiles:
                 nodes, self._nodes = self._nodes, []
-                for batch in self._shape.passes(nodes):
-                    self._read(batch, every=True)
+                self._read(nodes, every=True)
+        except ShortOfMemory as error:
+            short = error
         except BaseException:
-            self._begin_again()
+            self._line_up()
             raise
         keep = len(self._passes) > before and bool(self._waiting or self._nodes)  # one runs while we look at others
         ended: list[_Reading] = []
-        while len(self._passes) > keep:
+        while len(self._passes) > (keep and not short):
             ended += self._passes.popleft().settle()
         for reading in ended:
             del self._held[id(reading)]
             self._memory.release(reading.pages, spoilt=not reading.finite)
-        return [(reading.index, reading.scores if reading.finite else _not_finite()) for reading in ended]
+        if ended:
+            self.finished += len(ended)
+            self._most = math.inf
+        if short is not None:
+            self._most = max(1, len(self._held) // 2)
+            alone = len(self._held) == 1 and not ended
+            self._line_up()
+            if alone:
+                raise short
+        refused, self._refused = self._refused, []
+        return [*refused, *((reading.index, self._outcome(reading)) for reading in ended)]
 
-    def _begin_again(self) -> None:
+    def begin_again(self, shape: Shape) -> None:
+        """Put the rows on their way back in line, and take another shape."""
+        self._line_up()
+        if shape.tokens > self.shape.tokens:
+            self._most = math.inf
+        self.shape = shape
+
+    def give_up(self) -> None:
+        """End the first row in line with an error: there is no memory for it."""
+        reading = self._waiting.popleft()
+        self._refused.append((reading.index, too_large(reading.size, self._llama.device)))
+
+    def _outcome(self, reading: _Reading) -> Scores | RowRejected:
+        return Scores(reading.scores, self.shape.name) if reading.finite else _not_finite()
+
+    def _line_up(self) -> None:
+        """Put the rows on their way back to the front of the line, to begin again."""
         held = list(self._held.values())
         self.release()
         self._memory.pages.forget()
@@ -138,21 +184,27 @@ class Reader:
     def _prompts(self) -> _Batch:
         """Start rows until a pass is full: the tiles of their prompts; those of their nodes wait."""
         batch: _Batch = []
-        room = self._shape.tokens
-        self._memory.expect([len(each.row.prompt_ids) for each in islice(self._waiting, 4 * self._shape.most_ends)])
-        while self._waiting:
+        room = self.shape.tokens
+        next_rows = islice(self._waiting, int(min(4 * self.shape.most_ends, self._most)))
+        self._memory.expect([len(each.row.prompt_ids) for each in next_rows])
+        while self._waiting and len(self._held) < self._most:
             reading = self._waiting[0]
             prompt = reading.row.prompt_ids
             left = len(prompt) - self._memory.pages.known(str(reading.adapter), prompt)
-            if batch and (left > room or len(batch) + -(-left // TILE) > self._shape.most_ends):
+            if batch and (left > room or len(batch) + -(-left // TILE) > self.shape.most_ends):
                 break
-            taken = self._memory.take(reading.adapter, prompt, len(prompt))
-            if taken is None:  # until rows end that hold pages
-                break
-            reading.pages, known = taken
-            inner = self._inner(reading)
-            if inner is None:
-                break
+            try:
+                taken = self._memory.take(reading.adapter, prompt, len(prompt))
+                if taken is None:  # until rows end that hold pages
+                    break
+                reading.pages, known = taken
+                inner = self._inner(reading)
+                if inner is None:
+                    break
+            except RowRejected as rejection:
+                self._waiting.popleft()
+                self._refused.append((reading.index, rejection))
+                continue
             self._waiting.popleft()
             self._held[id(reading)] = reading
             tiles = list(prompt_tiles(prompt, reading.pages, known, reading.adapter))
@@ -163,7 +215,11 @@ class Reader:
         return batch
 
     def _inner(self, reading: _Reading) -> _Batch | None:
-        """The tiles of a row's inner nodes; None, and the row's pages given back, where pages are short."""
+        """The tiles of a row's inner nodes; None, and the row's pages given back, where pages are short.
+
+        Raises:
+            RowRejected: Where they are too few for this row alone; its pages are given back.
+        """
         trie, prompt = reading.row.continuations, reading.row.prompt_ids
         inner = set(trie.parents) - {-1}
         if max((trie.depths()[node] for node in inner), default=0) <= TILE:
@@ -172,23 +228,30 @@ class Reader:
         batch: _Batch = []
         for path in trie.paths(inner):
             text = (*prompt, *(trie.tokens[node] for node in path))
-            taken = self._memory.take(reading.adapter, text, len(text))
+            try:
+                taken = self._memory.take(reading.adapter, text, len(text))
+            except RowRejected:
+                self._memory.release(reading.pages, spoilt=True)
+                raise
             if taken is None:
                 self._memory.release(reading.pages, spoilt=True)
                 if not self._memory.pages.in_use:
-                    raise NotEnoughMemory(
-                        "the labels of one row need more memory for keys and values than is left. "
-                        "Use fewer or shorter ones."
-                    )
+                    raise too_large(reading.size, self._llama.device)
                 return None
             reading.pages += taken[0]
             for tile, nodes in text_tiles(text, taken[0], len(prompt), path, reading.adapter):
                 batch.append((tile, (reading, nodes)))
         return batch
 
-    def _read(self, batch: _Batch, *, every: bool) -> None:
+    def _read(self, tiles: _Batch, *, every: bool) -> None:
+        """Start passes over tiles."""
+        for batch in self.shape.passes(tiles):
+            run = partial(self._pass, batch, every=every)
+            self._passes.append(persevere(run, self._llama.device))
+
+    def _pass(self, batch: _Batch, *, every: bool) -> _Pass:
         """Start one pass, and the scores of its nodes' children."""
-        packed = self._shape.pack([tile for tile, _ in batch], self._llama.device)
+        packed = self.shape.pack([tile for tile, _ in batch], self._llama.device)
         states = self._llama.read(packed, self._memory.cache, every=every)
         wanted: list[tuple[int, _Reading, int]] = []  # place among the states, whose, which node
         first = 0
@@ -197,10 +260,10 @@ class Reader:
             wanted += [(lane, reading, node) for lane, node in zip(lanes, nodes, strict=True)]
             first += len(tile.ids)
         found = _Pass(batch, [], [])
-        size = _HEADS if self._shape.fixed else _FEW_HEADS
+        size = _HEADS if self.shape.fixed else _FEW_HEADS
         for begin in range(0, len(wanted), size):
             self._score(states, wanted[begin : begin + size], size, found)
-        self._passes.append(found)
+        return found
 
     def _score(self, states: Tensor, wanted: Sequence[tuple[int, _Reading, int]], size: int, found: _Pass) -> None:
         """Score the children of some nodes, by logits of a fixed number of states."""

@@ -8,6 +8,7 @@ which rows have ended (a slot computes one token too many, which nobody reads).
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import row_key
 from alpaca_core.engines.packing import TILE, Tile, prompt_tiles
+from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.errors import RowRejected
@@ -52,30 +54,51 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     over: bool = False
 
+    @property
+    def size(self) -> int:
+        """Tokens that it may hold in the end."""
+        return len(self.row.prompt_ids) + self.row.sampling.max_new_tokens
+
 
 class Runner:
-    """Runs the rows of all requests. Its methods are called under a lock.
+    """Runs the rows of all requests, as a `recovering.Worker`. Its methods are called under a lock.
 
     Args:
         llama: The weights.
         memory: The cache.
         shape: Slots, and the sizes of passes over prompts.
         eos_ids: Tokens that end a response.
+
+    Attributes:
+        shape: The sizes of passes; only smaller ones than the first follow.
+        finished: Rows that have come out of passes.
     """
 
     def __init__(self, llama: Llama, memory: Memory, shape: Shape, eos_ids: Collection[int]) -> None:
-        self._llama, self._memory, self._shape = llama, memory, shape
+        self._llama, self._memory = llama, memory
         self._eos_ids = frozenset(eos_ids)
         self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row | None] = [None] * shape.slots
         self._behind: deque[tuple[Arriving, list[_Row]]] = deque()
+        self.finished = 0
         device, slots = llama.device, shape.slots + 1  # the last one is nobody's
-        self._tokens = torch.zeros(slots, dtype=torch.long, device=device)
-        self._lengths = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._running = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._adapters = torch.full((slots,), -1, dtype=torch.long, device=device)
-        self._table = torch.zeros(slots, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device)
-        self._stepper = Stepper(llama, memory, self._tokens, self._lengths, self._table, self._adapters)
+        self._first = (
+            torch.zeros(slots, dtype=torch.long, device=device),
+            torch.zeros(slots, dtype=torch.int32, device=device),
+            torch.zeros(slots, dtype=torch.int32, device=device),
+            torch.full((slots,), -1, dtype=torch.long, device=device),
+            torch.zeros(slots, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device),
+        )
+        self._take(shape)
+
+    def _take(self, shape: Shape) -> None:
+        """Use the slots of a shape, all of them free; a smaller one takes no memory of its own."""
+        self.shape = shape
+        self._most = shape.slots  # rows at once
+        self._rows: list[_Row | None] = [None] * shape.slots
+        self._tokens, self._lengths, self._running, self._adapters, self._table = (
+            state[: shape.slots + 1] for state in self._first
+        )
+        self._stepper = Stepper(self._llama, self._memory, self._tokens, self._lengths, self._table, self._adapters)
 
     def submit(self, request: Request, rows: Sequence[tuple[int, GenerateRow, int]]) -> None:
         """Line up rows of a request that fit the context, each with its index and the number of its adapter."""
@@ -95,11 +118,56 @@ class Runner:
 
         After an error no row is lost, and none will have another result: a step that failed has changed nothing
         that a second one would not write again.
+
+        Raises:
+            ShortOfMemory: If one row alone ran out of memory; it is the first in line again.
         """
-        self._start()
-        if any(self._rows):
-            self._step()
-        while self._behind and (len(self._behind) > self._shape.fixed or not any(self._rows)):
+        try:
+            self._start()
+            if any(self._rows):
+                self._step()
+        except ShortOfMemory:
+            self._look_at_all()
+            if not self._retreat():
+                raise
+        while self._behind and (len(self._behind) > self.shape.fixed or not any(self._rows)):
+            self._look(*self._behind.popleft())
+
+    @torch.inference_mode()
+    def begin_again(self, shape: Shape) -> None:
+        """Put the rows on their way back in line, and take another shape."""
+        self._look_at_all()
+        self._line_up([row for row in self._rows if row])
+        most = min(self._most, shape.slots) if shape.slots <= self.shape.slots else shape.slots
+        self._take(shape)
+        self._most = most
+
+    def give_up(self) -> None:
+        """End the first row in line with an error: there is no memory for it."""
+        row = self._waiting.popleft()
+        self._end(row, too_large(row.size, self._llama.device))
+
+    def _retreat(self) -> bool:
+        """Take fewer rows at once; False where it was one alone.
+
+        Rows whose prompts were to be read go back in line, or else the younger half of those that have begun.
+        """
+        unread = [row for row in self._rows if row and not row.drawn]
+        begun = sorted((row for row in self._rows if row and row.drawn), key=lambda row: -row.drawn)
+        most = len(begun) + len(unread) // 2 if unread else len(begun) // 2
+        self._line_up(unread or begun[most:])
+        self._most = max(1, most)
+        return most > 0 or not (unread or begun)
+
+    def _line_up(self, rows: Sequence[_Row]) -> None:
+        """Put rows back to the front of the line, to begin again."""
+        self._leave(rows)
+        for row in rows:
+            row.over = True  # what may still arrive for it
+        self._waiting.extendleft(_Row(row.request, row.index, row.row, row.adapter, row.choice) for row in rows[::-1])
+
+    def _look_at_all(self) -> None:
+        while self._behind:
             self._look(*self._behind.popleft())
 
     def close(self) -> None:
@@ -109,15 +177,20 @@ class Runner:
     def _start(self) -> None:
         """Read the prompts of waiting rows, as many as there are free slots and pages."""
         free = [slot for slot, row in enumerate(self._rows) if row is None]
-        if not self._waiting or len(free) < min(len(self._waiting), self._shape.slots // 8):
+        free = free[: max(0, self._most - (len(self._rows) - len(free)))]
+        if not self._waiting or not free or len(free) < min(len(self._waiting), self._most // 8):
             return  # a pass over prompts costs the same for one row as for many
-        next_rows = [self._waiting[place].row for place in range(min(len(free), len(self._waiting)))]
-        self._memory.expect([len(row.prompt_ids) + row.sampling.max_new_tokens for row in next_rows])
+        next_rows = [self._waiting[place] for place in range(min(len(free), len(self._waiting)))]
+        self._memory.expect([row.size for row in next_rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         while self._waiting and free:
             row = self._waiting[0]
             prompt = row.row.prompt_ids
-            taken = self._memory.take(row.adapter, prompt, len(prompt) + row.row.sampling.max_new_tokens)
+            try:
+                taken = self._memory.take(row.adapter, prompt, row.size)
+            except RowRejected as rejection:
+                self._end(self._waiting.popleft(), rejection)
+                continue
             if taken is None:
                 break
             self._waiting.popleft()
@@ -126,17 +199,20 @@ class Runner:
             mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
             tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
         try:
-            for ends, logits in read_prompts(self._llama, self._memory, self._shape, tiles):
-                self._join(ends, logits)
-        except BaseException:
-            unread = [row for row in self._rows if row and not row.drawn]
-            self._leave(unread)
+            for batch in self.shape.passes(tiles):
+                if found := persevere(partial(self._read, batch), self._llama.device):
+                    self._drew(*found)
+        except BaseException as error:
             self._memory.pages.forget()
-            self._waiting.extendleft(reversed(unread))
+            if not isinstance(error, ShortOfMemory):
+                self._line_up([row for row in self._rows if row and not row.drawn])
             raise
 
-    def _join(self, ends: dict[int, _Row], logits: Tensor) -> None:
-        """Give rows their slots, with the first token chosen from the logits at their places."""
+    def _read(self, batch: Sequence[tuple[Tile, _Row | None]]) -> tuple[list[_Row], Arriving] | None:
+        """Read a pass of tiles; the rows whose prompts end in it get their slots, and their first tokens are chosen."""
+        ends, logits = read_pass(self._llama, self._memory, self.shape, batch)
+        if logits is None:
+            return None
         rows = list(ends.values())
         choices: list[Choice | None] = [None] * len(logits)
         for place, row in ends.items():
@@ -155,36 +231,45 @@ class Runner:
         self._running[slots] = 1
         self._adapters[slots] = tensor([row.adapter for row in rows], torch.long)
         self._table[slots, :width] = tensor(pages, torch.int32)
-        self._drew(rows, drawn)
+        return rows, Arriving(drawn)
 
     def _step(self) -> None:
-        """Compute and choose one more token of every row."""
+        """Compute and choose one more token of every row.
+
+        Nothing is written to the slots, and nothing noted, before all that takes memory is done.
+        """
         members = [row for row in self._rows if row]
         longest = max(len(row.row.prompt_ids) + row.drawn for row in members)
-        if self._shape.fixed:
+        if self.shape.fixed:
             lanes, rows = None, list(self._rows)
         else:
-            spare = self._shape.padded(len(members)) - len(members)
-            lanes = torch.tensor([*(row.slot for row in members), *[self._shape.slots] * spare])
+            spare = self.shape.padded(len(members)) - len(members)
+            lanes = torch.tensor([*(row.slot for row in members), *[self.shape.slots] * spare])
             rows = [*members, *[None] * spare]
-        logits = self._stepper(lanes, longest)
-        choices = [row.choice if row else None for row in rows]
-        tokens = choose(logits, choices, [row.drawn if row else 0 for row in rows])
-        if lanes is None:
-            self._tokens[:-1] = tokens.clamp(min=0)
-        else:
-            self._tokens[lanes] = tokens.clamp(min=0)
-        self._lengths += self._running
-        self._drew(members, tokens, [place for place, row in enumerate(rows) if row])
+        places = [place for place, row in enumerate(rows) if row]
 
-    def _drew(self, rows: list[_Row], tokens: Tensor, places: Sequence[int] | None = None) -> None:
+        def chosen() -> tuple[Tensor, Arriving]:
+            logits = self._stepper(lanes, longest)
+            choices = [row.choice if row else None for row in rows]
+            tokens = choose(logits, choices, [row.drawn if row else 0 for row in rows])
+            if len(places) == len(rows):
+                return tokens.clamp(min=0), Arriving(tokens)
+            return tokens.clamp(min=0), Arriving(tokens[torch.tensor(places).to(tokens.device, non_blocking=True)])
+
+        tokens, arriving = persevere(chosen, self._llama.device)
+        if lanes is None:
+            self._tokens[:-1] = tokens
+        else:
+            self._tokens[lanes] = tokens
+        self._lengths += self._running
+        self._drew(members, arriving)
+
+    def _drew(self, rows: list[_Row], tokens: Arriving) -> None:
         """Note that each row has one more token; rows that have all of theirs give up their slots."""
         for row in rows:
             row.drawn += 1
+        self._behind.append((tokens, rows))
         self._leave([row for row in rows if row.drawn == row.row.sampling.max_new_tokens], over=False)
-        if places is not None and len(places) < len(tokens):
-            tokens = tokens[torch.tensor(places).to(tokens.device, non_blocking=True)]
-        self._behind.append((Arriving(tokens), rows))
 
     def _look(self, tokens: Arriving, rows: Sequence[_Row]) -> None:
         """Hand tokens to their rows, and out the rows that have ended."""
@@ -196,13 +281,16 @@ class Runner:
             if token < 0:
                 self._end(row, not_finite(len(row.tokens)))
             elif token in self._eos_ids:
-                self._end(row, Reply(tuple(row.tokens), True))
+                self._end(row, Reply(tuple(row.tokens), True, self.shape.name))
             else:
                 row.tokens.append(token)
                 if len(row.tokens) == row.row.sampling.max_new_tokens:
-                    self._end(row, Reply(tuple(row.tokens), False))
+                    self._end(row, Reply(tuple(row.tokens), False, self.shape.name))
             if row.over:
                 ended.append(row)
+        if ended:
+            self.finished += len(ended)
+            self._most = self.shape.slots
         self._leave(ended)
 
     def _end(self, row: _Row, outcome: Reply | RowRejected) -> None:
@@ -235,23 +323,15 @@ def outcomes(request: Request) -> Iterator[tuple[int, Reply | RowRejected]]:
     yield from ended
 
 
-def read_prompts(
-    llama: Llama, memory: Memory, shape: Shape, tiles: Sequence[tuple[Tile, _Whose | None]]
-) -> Iterator[tuple[dict[int, _Whose], Tensor]]:
-    """Read tiles of prompts, pass by pass.
+def read_pass(
+    llama: Llama, memory: Memory, shape: Shape, batch: Sequence[tuple[Tile, _Whose | None]]
+) -> tuple[dict[int, _Whose], Tensor | None]:
+    """Read a pass of tiles of prompts, each with the row whose prompt it ends; None where it ends none.
 
-    Args:
-        llama: The weights.
-        memory: The cache, with pages taken for the tiles.
-        shape: The sizes of passes.
-        tiles: Each with the row whose prompt it ends; None where it ends none.
-
-    Yields:
-        For each pass in which prompts end, the rows by their places, and logits ``(places, vocab)``.
+    Returns:
+        The rows whose prompts end here by their places, and if there are some logits, ``(places, vocab)``.
     """
-    for batch in shape.passes(tiles):
-        packed = shape.pack([tile for tile, _ in batch], llama.device)
-        states = llama.read(packed, memory.cache, every=False)
-        ends = {place: row for place, (_, row) in enumerate(batch) if row}
-        if ends:
-            yield ends, llama.logits(states)
+    packed = shape.pack([tile for tile, _ in batch], llama.device)
+    states = llama.read(packed, memory.cache, every=False)
+    ends = {place: row for place, (_, row) in enumerate(batch) if row}
+    return ends, llama.logits(states) if ends else None

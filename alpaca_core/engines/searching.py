@@ -9,6 +9,7 @@ it (as vLLM does, arXiv 2309.06180, section 4.4).
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import gumbel, row_key
 from alpaca_core.engines.packing import TILE, Tile, prompt_tiles
-from alpaca_core.engines.running import Request, read_prompts
+from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
+from alpaca_core.engines.running import Request, read_pass
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import GenerateRow
@@ -64,7 +66,7 @@ class _Row:
 
 
 class Searcher:
-    """Runs the rows with beams of all requests. Its methods are called under a lock.
+    """Runs the rows with beams of all requests, as a `recovering.Worker`. Its methods are called under a lock.
 
     Rows run together as long as they have no more beams than there are slots; one that has more runs alone, in
     several passes a step.
@@ -74,20 +76,35 @@ class Searcher:
         memory: The cache.
         shape: Slots, and the sizes of passes over prompts.
         eos_ids: Tokens that end a response.
+
+    Attributes:
+        shape: The sizes of passes; only smaller ones than the first follow.
+        finished: Rows that have come out of passes.
     """
 
     def __init__(self, llama: Llama, memory: Memory, shape: Shape, eos_ids: Collection[int]) -> None:
-        self._llama, self._memory, self._shape = llama, memory, shape
+        self._llama, self._memory = llama, memory
         self._eos_ids = frozenset(eos_ids)
         self._waiting: deque[_Row] = deque()
         self._live: list[_Row] = []
+        self.finished = 0
+        device, lanes = llama.device, shape.padded(shape.slots) + 1  # the last one is nobody's
+        self._first = (
+            torch.zeros(lanes, dtype=torch.long, device=device),
+            torch.zeros(lanes, dtype=torch.int32, device=device),
+            torch.zeros(lanes, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device),
+            torch.full((lanes,), -1, dtype=torch.long, device=device),
+        )
+        self._take(shape)
+
+    def _take(self, shape: Shape) -> None:
+        """Use the lanes of a shape; a smaller one takes no memory of its own."""
+        self.shape = shape
+        self._most = shape.slots  # rows at once
         self._width = shape.slots if shape.fixed else shape.padded(shape.slots)
-        device, lanes = llama.device, self._width + 1  # the last one is nobody's
-        self._tokens = torch.zeros(lanes, dtype=torch.long, device=device)
-        self._lengths = torch.zeros(lanes, dtype=torch.int32, device=device)
-        self._adapters = torch.full((lanes,), -1, dtype=torch.long, device=device)
-        self._table = torch.zeros(lanes, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device)
-        self._stepper = Stepper(llama, memory, self._tokens, self._lengths, self._table, self._adapters)
+        states = [state[: self._width + 1] for state in self._first]
+        self._tokens, self._lengths, self._table, self._adapters = states
+        self._stepper = Stepper(self._llama, self._memory, self._tokens, self._lengths, self._table, self._adapters)
 
     def submit(self, request: Request, rows: Sequence[tuple[int, GenerateRow, int]]) -> None:
         """Line up rows of a request that fit the context, each with its index and the number of its adapter."""
@@ -105,10 +122,43 @@ class Searcher:
 
         After an error no row is lost, and none will have another result: each has taken a step as a whole or not
         at all, and what was written into pages for it will be written again.
+
+        Raises:
+            ShortOfMemory: If one row alone ran out of memory; it is the first in line again.
         """
-        self._start()
-        if self._live:
-            self._step()
+        try:
+            self._start()
+            if self._live:
+                self._step()
+        except ShortOfMemory:
+            if not self._retreat():
+                raise
+
+    def begin_again(self, shape: Shape) -> None:
+        """Put the rows on their way back in line, and take another shape."""
+        self._line_up(self._live)
+        most = min(self._most, shape.slots) if shape.slots <= self.shape.slots else shape.slots
+        self._take(shape)
+        self._most = most
+
+    def give_up(self) -> None:
+        """End the first row in line with an error: there is no memory for it."""
+        row = self._waiting.popleft()
+        self._end(row, too_large(row.size, self._llama.device))
+
+    def _retreat(self) -> bool:
+        """Take fewer rows at once, half of those that ran; False where it was one alone."""
+        begun = sorted(self._live, key=lambda row: -row.drawn)
+        self._line_up(begun[len(begun) // 2 :])
+        self._most = max(1, len(begun) // 2)
+        return len(begun) != 1
+
+    def _line_up(self, rows: Sequence[_Row]) -> None:
+        """Put rows back to the front of the line, to begin again."""
+        again = [_Row(row.request, row.index, row.row, row.adapter) for row in rows]
+        for row in list(rows):
+            self._leave(row)
+        self._waiting.extendleft(again[::-1])
 
     def close(self) -> None:
         """Let go of what takes memory."""
@@ -116,21 +166,25 @@ class Searcher:
 
     def _start(self) -> None:
         """Read the prompts of waiting rows, as many as there are free lanes and pages."""
-        free = self._shape.slots - sum(row.lanes for row in self._live)
+        free = self.shape.slots - sum(row.lanes for row in self._live)
         rows: list[_Row] = []
         for row in self._waiting:
-            if row.lanes > free and (rows or self._live):
+            if (row.lanes > free and (rows or self._live)) or len(rows) + len(self._live) >= self._most:
                 break
             rows.append(row)
             free -= row.lanes
-        some = len(rows) < len(self._waiting) and sum(row.lanes for row in rows) < self._shape.slots // 8
+        some = len(rows) < len(self._waiting) and sum(row.lanes for row in rows) < self.shape.slots // 8
         if not rows or (self._live and some):
             return  # a pass over prompts costs the same for one row as for many
         self._memory.expect([row.size for row in rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         for row in rows:
             prompt = row.row.prompt_ids
-            taken = self._memory.take(row.adapter, prompt, row.size)
+            try:
+                taken = self._memory.take(row.adapter, prompt, row.size)
+            except RowRejected as rejection:
+                self._end(self._waiting.popleft(), rejection)
+                continue
             if taken is None:
                 break
             self._live.append(self._waiting.popleft())
@@ -139,28 +193,33 @@ class Searcher:
             mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
             tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
         try:
-            for ends, logits in read_prompts(self._llama, self._memory, self._shape, tiles):
+            for batch in self.shape.passes(tiles):
+                read = partial(read_pass, self._llama, self._memory, self.shape, batch)
+                ends, logits = persevere(read, self._llama.device)
                 for place, row in ends.items():
-                    self._choose(row, logits[place : place + 1])
-        except BaseException:
-            unread = [row for row in self._live if not row.drawn]
-            for row in unread:
-                self._leave(row)
+                    assert logits is not None
+                    self._go_on(row, logits[place : place + 1])
+        except BaseException as error:
             self._memory.pages.forget()
-            self._waiting.extendleft(reversed(unread))
+            if not isinstance(error, ShortOfMemory):
+                self._line_up([row for row in self._live if not row.drawn])
             raise
 
     def _step(self) -> None:
         """Read the last token of every beam, and choose how each row goes on."""
-        self._follow()
+        persevere(self._follow, self._llama.device)
         rows = list(self._live)
-        lanes = [(row, beam) for row in rows for beam in range(len(row.tables))]
+        logits = persevere(self._logits, self._llama.device)
+        for row, mine in zip(rows, logits.split([len(row.tables) for row in rows]), strict=True):
+            self._go_on(row, mine)
+
+    def _logits(self) -> Tensor:
+        """Logits after the last token of every beam, row after row, ``(beams, vocab)``."""
+        lanes = [(row, beam) for row in self._live for beam in range(len(row.tables))]
         passes = [lanes[first : first + self._width] for first in range(0, len(lanes), self._width)]
         # a pass writes its logits to where the one before had them
         found = [self._pass(part)[: len(part)].clone() for part in passes]
-        logits = torch.cat(found) if len(found) > 1 else found[0]
-        for row, mine in zip(rows, logits.split([len(row.tables) for row in rows]), strict=True):
-            self._choose(row, mine)
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _follow(self) -> None:
         """Let the tables of all rows follow their beams; the copies are made at once, or after an error none."""
@@ -179,7 +238,7 @@ class Searcher:
 
     def _pass(self, lanes: Sequence[tuple[_Row, int]]) -> Tensor:
         """Logits after the last tokens of some beams, ``(lanes, vocab)``, and behind them those of spare lanes."""
-        size = self._width if self._shape.fixed else self._shape.padded(len(lanes))
+        size = self._width if self.shape.fixed else self.shape.padded(len(lanes))
         spare = size - len(lanes)
         tables = [row.tables[beam] for row, beam in lanes]
         width = max(map(len, tables))
@@ -193,15 +252,18 @@ class Searcher:
         write(self._adapters, [row.adapter for row, _ in lanes], -1)
         self._table.zero_()
         write(self._table[:, :width], [[*table, *[0] * (width - len(table))] for table in tables], [0] * width)
-        chosen = None if self._shape.fixed else torch.arange(size)
+        chosen = None if self.shape.fixed else torch.arange(size)
         return self._stepper(chosen, 1 + max(row.held for row, _ in lanes))
+
+    def _go_on(self, row: _Row, logits: Tensor) -> None:
+        persevere(partial(self._choose, row, logits), self._llama.device)
 
     def _choose(self, row: _Row, logits: Tensor) -> None:
         """Take a row's next step, by the logits after each of its beams; all of it, or after an error none."""
         # A sum over a row of logits may depend on where in memory it begins, so it begins where memory of its own does.
         logits = logits.clone()
         if not logits.isfinite().all():
-            self._end(row, not_finite(row.drawn))
+            self._come_out(row, not_finite(row.drawn))
             return
         sampling = row.row.sampling
         beams = row.beams or Beams(sampling, self._eos_ids, logits.device)
@@ -213,7 +275,13 @@ class Searcher:
         row.beams, row.parents, row.tails, row.drawn = beams, beams.parents, beams.tails, row.drawn + 1
         if beams.done:
             stopped = beams.tokens[-1] in self._eos_ids
-            self._end(row, Reply(beams.tokens[:-1] if stopped else beams.tokens, stopped))
+            tokens = beams.tokens[:-1] if stopped else beams.tokens
+            self._come_out(row, Reply(tokens, stopped, self.shape.name))
+
+    def _come_out(self, row: _Row, outcome: Reply | RowRejected) -> None:
+        self.finished += 1
+        self._most = self.shape.slots
+        self._end(row, outcome)
 
     def _end(self, row: _Row, outcome: Reply | RowRejected) -> None:
         row.request.left -= 1
@@ -222,7 +290,8 @@ class Searcher:
 
     def _leave(self, row: _Row, *, spoilt: bool = False) -> None:
         """Take a row out of its lanes, and give its pages back."""
-        self._live.remove(row)
+        if row in self._live:
+            self._live.remove(row)
         self._memory.release(row.pages, spoilt=spoilt)
         row.pages, row.tables = [], []
 

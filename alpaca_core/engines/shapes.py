@@ -6,10 +6,11 @@ from typing import TypeVar
 
 import torch
 
-from alpaca_core.engines.packing import Packed, Tile, pack
+from alpaca_core.engines.packing import TILE, Packed, Tile, pack
 
 _Item = TypeVar("_Item")
 _SIXTEEN = 16
+_LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,28 @@ class Shape:
     slots: int
     tokens: int
     fixed: bool
+
+    @property
+    def smaller(self) -> "Shape | None":
+        """The next smaller shape: half the slots and half the tokens, down to 1 and 64; None at the end.
+
+        The tokens stay a multiple of 32. What comes after a shape depends on that shape alone.
+
+        Example:
+            >>> Shape(4, 200, fixed=True).smaller
+            Shape(slots=2, tokens=96, fixed=True)
+            >>> Shape(1, 64, fixed=True).smaller is None
+            True
+        """
+        slots, tokens = max(1, self.slots // 2), max(_LEAST_TOKENS, self.tokens // 2 // TILE * TILE)
+        if slots >= self.slots and tokens >= self.tokens:
+            return None
+        return Shape(slots, min(tokens, self.tokens), self.fixed)
+
+    @property
+    def name(self) -> str:
+        """What results call this shape, such as ``256x4096``; empty where their bits do not depend on it."""
+        return f"{self.slots}x{self.tokens}" if self.fixed else ""
 
     @property
     def most_ends(self) -> int:

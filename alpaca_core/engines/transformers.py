@@ -1,8 +1,10 @@
 """`LanguageModel` on transformers, the default: LLaMA-like decoders of its library, PEFT adapters beside them."""
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -12,15 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from alpaca_core.engines.batching import Job, batches
+from alpaca_core.engines.batching import Job, batches, shorten
 from alpaca_core.engines.decoding import Decoding, Reply
 from alpaca_core.engines.heads import split
+from alpaca_core.engines.recovering import persevere, ran_out, too_large
 from alpaca_core.engines.scoring import score
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
 from alpaca_core.tokenizer import Tokenizer
 
 _Row = TypeVar("_Row", GenerateRow, ScoreRow)
+_Outcome = TypeVar("_Outcome")
 
 
 class TransformersModel:
@@ -34,11 +38,18 @@ class TransformersModel:
             it with the adapters that `info` names, in their order.
         tokenizer: The model's.
         info: What the model is.
-        batch_size: Sequences computed together at most; a row with beams counts as many.
+        batch_size: Sequences computed together at most; a row with beams counts as many. Where memory runs out,
+            a batch is run in halves, and a row that fails alone gets an error.
+        memory_share: Kept by the loader and by torch; the sizes of batches do not follow from it.
     """
 
     def __init__(
-        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int = 32
+        self,
+        network: PreTrainedModel | PeftModel,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        batch_size: int = 32,
+        memory_share: float = 0.9,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -63,16 +74,20 @@ class TransformersModel:
 
         def job(index: int, row: GenerateRow) -> Job:
             self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
-            return Job(index, self._adapter(row), len(row.prompt_ids), row.sampling.num_beams)
+            new_tokens = row.sampling.max_new_tokens
+            return Job(index, self._adapter(row), len(row.prompt_ids), row.sampling.num_beams, new_tokens)
 
         jobs: list[Job] = []
         yield from _refused(rows, job, jobs)
-        for batch in batches(jobs, self._batch_size):
+
+        def decode(batch: list[int]) -> Iterator[tuple[int, Reply | RowRejected]]:
             members = [rows[index] for index in batch]
             decoding = Decoding(self._chosen(members[0]), members, self.info.eos_ids, self._device)
             while decoding.live:
-                for place, outcome in decoding.step():
-                    yield batch[place], self._completion(members[place], outcome)
+                yield from ((batch[place], outcome) for place, outcome in decoding.step())
+
+        for index, outcome in self._in_halves(jobs, decode):
+            yield index, self._completion(rows[index], outcome)
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
@@ -81,14 +96,42 @@ class TransformersModel:
             trie = row.continuations
             self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
             two_passes = any(parent >= 0 for parent in trie.parents)
-            return Job(index, (self._adapter(row), two_passes), len(row.prompt_ids))
+            group = self._adapter(row), two_passes
+            return Job(index, group, len(row.prompt_ids), new_tokens=max(trie.depths(), default=0))
 
         jobs: list[Job] = []
         yield from _refused(rows, job, jobs)
-        for batch in batches(jobs, self._batch_size):
+
+        def read(batch: list[int]) -> Iterator[tuple[int, list[float] | RowRejected]]:
             members = [rows[index] for index in batch]
-            for index, outcome in zip(batch, score(self._chosen(members[0]), members, self._device), strict=True):
-                yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
+            yield from zip(batch, score(self._chosen(members[0]), members, self._device), strict=True)
+
+        for index, outcome in self._in_halves(jobs, read):
+            yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
+
+    def _in_halves(
+        self, jobs: Sequence[Job], run: Callable[[list[int]], Iterator[tuple[int, _Outcome]]]
+    ) -> Iterator[tuple[int, _Outcome | RowRejected]]:
+        """Run batch after batch; one that runs out of memory again in two halves, without the rows that came out."""
+        sizes = {job.index: job.length + job.new_tokens for job in jobs}
+        waiting = deque(batches(jobs, self._batch_size))
+        while waiting:
+            batch = waiting.popleft()
+            left = set(batch)
+            try:
+                for index, outcome in run(batch):
+                    left.remove(index)
+                    yield index, outcome
+                continue
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+            if len(batch) == 1:
+                yield batch[0], too_large(sizes[batch[0]], self._device)
+                continue
+            again = [index for index in batch if index in left]
+            half = -(-len(again) // 2)
+            waiting.extendleft(part for part in (again[half:], again[:half]) if part)
 
     def close(self) -> None:
         """Free the memory of the weights. Iterators that are still open raise at their next step."""
@@ -168,21 +211,29 @@ class TransformersModel:
             finish_reason="stop" if outcome.stopped else "length",
             prompt_tokens=len(row.prompt_ids),
             completion_tokens=len(tokens),
+            shape=outcome.shape,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """The network with one of its adapters."""
+    """The network with one of its adapters; a pass that runs out of memory is run again, a few times."""
 
     model: TransformersModel
     adapter: str | None
 
     def states(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: Cache | None) -> Tensor:
-        return self.model._states(self.adapter, ids, positions, seen, cache)
+        held = 0 if cache is None else cache.get_seq_length()
+
+        def run() -> Tensor:
+            if cache is not None:
+                shorten(cache, held)  # a pass that failed has left something in the first layers
+            return self.model._states(self.adapter, ids, positions, seen, cache)
+
+        return persevere(run, self.model._device)
 
     def logits(self, states: Tensor) -> Tensor:
-        return self.model._logits(self.adapter, states)
+        return persevere(partial(self.model._logits, self.adapter, states), self.model._device)
 
 
 def _refused(rows: Sequence[_Row], job: Callable[[int, _Row], Job], jobs: list[Job]) -> Iterator[tuple[int, RowError]]:

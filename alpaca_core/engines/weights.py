@@ -3,16 +3,13 @@
 `from_pretrained` gives no exception for missing tensors (it makes them up), NaN, or a wrong layer count.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
@@ -30,6 +27,8 @@ from alpaca_core.adapters import Adapter, find_adapters
 from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.engines.lora import attach, merge
+from alpaca_core.engines.recovering import ran_out
+from alpaca_core.engines.sharing import keep, room
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.model import ModelInfo
 from alpaca_core.spec import ModelSpec, digest_of
@@ -76,7 +75,9 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
         # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
         stored = ((name, file.get_tensor(name)) for name, file in _tensors(base, device))
         _check_finite(stored if quantized else network.named_parameters(), base, dtype)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except Exception as error:
+        if not ran_out(error):
+            raise
         loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))
         raise NotEnoughMemory(f"{device} ran out of memory while it loaded {loading}. {_SMALLER}") from error
     named = {
@@ -144,35 +145,19 @@ def bytes_needed(base: Checkpoint, quantization: str, dtype: torch.dtype) -> flo
 def _check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Compare what the weights will take with what is free, before anything is read."""
     needed = bytes_needed(base, spec.quantization, dtype)
-    free = 0.0
-    if device.type == "cpu" or spec.device_map is not None:
-        free += min(psutil.virtual_memory().available, container_room())
-    if device.type == "cuda":
-        numbers = range(torch.cuda.device_count()) if spec.device_map is not None else (device.index,)
-        free += sum(torch.cuda.mem_get_info(number)[0] for number in numbers)
+    devices = [device]
+    if spec.device_map is not None:
+        devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        devices.append(torch.device("cpu"))
+    free = sum(max(0.0, room(each, spec.memory_share)) for each in devices)
     if needed > free:
         raise NotEnoughMemory(
             f"the weights of {base.name!r} take {needed / _GIB:.1f} GiB as {spec.quantization}/{dtype}, but {device} "
-            f"has {free / _GIB:.1f} GiB free. {_SMALLER}"
+            f"has {free / _GIB:.1f} GiB free within a memory_share of {spec.memory_share:g}. "
+            f"{_SMALLER} Or raise memory_share."
         )
-
-
-def container_room(cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return what a container's limit leaves, in bytes; infinity where there is no limit.
-
-    The kernel's copies of files count as used there, but give way.
-    """
-    for folder, limit, used in (
-        (cgroups, "memory.max", "memory.current"),
-        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = int(numbers["active_file"]) + int(numbers["inactive_file"])
-            return int((folder / limit).read_text()) - int((folder / used).read_text()) + files
-        except (OSError, ValueError, KeyError):  # cgroups of the other version, or no number but "max"
-            continue
-    return math.inf
+    for each in devices:
+        keep(each, spec.memory_share)
 
 
 _SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model, or free memory there."
@@ -199,9 +184,9 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, which is refused below
             )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # shapes, torn files, unknown families: transformers raises every kind
+        if ran_out(error):
+            raise
         raise InvalidCheckpoint(f"{base.folder} cannot be loaded ({error}). Fetch the model again.") from error
     network: PreTrainedModel
     network, report = loaded

@@ -47,6 +47,9 @@ def test_the_notebooks_model_is_a_preset() -> None:
         {"adapters": [{"name": "default", "source": "c/d"}]},
         {"template": "vicuna"},
         {"batch_size": 0},
+        {"memory_share": 0},
+        {"memory_share": 1.01},
+        {"memory_share": math.nan},
     ],
     ids=repr,
 )

@@ -105,6 +105,19 @@ def make_model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Callable
     return make
 
 
+@pytest.fixture
+def make_native(make_network: Callable[..., Any], make_model: Callable[..., Any]) -> Callable[..., NativeModel]:
+    """Wrap a network, a tiny one of 1,024 tokens unless said, for tests of our own engine alone."""
+
+    def make(batch_size: int = 8, adapters: tuple[str, ...] = (), network: Any = None, **changes: Any) -> NativeModel:
+        network = network or make_network(max_position_embeddings=1024, **changes)
+        if not isinstance(model := make_model(network, adapters, batch_size=batch_size), NativeModel):
+            pytest.skip("for the engine of our own")
+        return model
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_transformers(tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
     """Wrap a network as a `LanguageModel` that calls it as a whole, so that hooks see the calls."""

@@ -14,14 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca_core.engines import searching
+from alpaca_core.engines import native, searching
 from alpaca_core.engines.beams import Beams
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.packing import TILE
 from alpaca_core.engines.searching import Searcher, follow
 from alpaca_core.engines.shapes import Shape
-from alpaca_core.errors import NotEnoughMemory
 from alpaca_core.model import GenerateRow
 from alpaca_core.spec import Sampling
 from tests.engines.test_beams import by_transformers
@@ -198,9 +197,11 @@ def test_searches_wait_for_pages_where_memory_is_short(make_native: Callable[...
     model = make_native(30)
     model._memory._limit = 2 + max(-(-len(row.prompt_ids) // TILE) + 2 * row.sampling.num_beams for row in rows)
     assert said(model, rows) == expected
-    with pytest.raises(NotEnoughMemory, match="num_beams"):
-        said(model, [GenerateRow((1,) * 100, Sampling(num_beams=60, max_new_tokens=200))])
-    assert said(model, rows[:3]) == expected[:3]
+    huge = GenerateRow((1,) * 100, Sampling(num_beams=60, max_new_tokens=200))
+    error, *others = said(model, [huge, *rows[:3]])
+    assert error.code == "not_enough_memory"
+    assert "num_beams" in error.message
+    assert others == expected[:3]
 
 
 def test_a_spoilt_search_is_an_error_and_leaves_nothing_behind(
@@ -252,10 +253,41 @@ def test_a_step_that_fails_loses_no_search_and_changes_no_result(
     assert sorted(seen) == bits
     assert set(failed) == {name for _, name in places}
     assert not model._memory.pages.in_use
-    monkeypatch.setattr(searching, "follow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
-    with pytest.raises(NotEnoughMemory, match="Lower batch_size"):
-        said(model, rows)
+    plain = searching.follow
+
+    def follow_all_but_one(tables: Any, parents: Any, held: int, pages: Any) -> Any:
+        if len(tables) > 20:
+            raise torch.OutOfMemoryError("always")
+        return plain(tables, parents, held, pages)
+
+    rows = [GenerateRow(rows[0].prompt_ids, Sampling(num_beams=23, max_new_tokens=30)), *rows[1:]]
+    monkeypatch.setattr(searching, "follow", follow_all_but_one)
+    error, *others = said(model, rows)
+    assert error.code == "not_enough_memory"
+    assert others == expected[1:]
     assert not model._memory.pages.in_use
+
+
+def test_passes_shrink_until_they_fit_and_searches_say_so(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(texts(12))
+    monkeypatch.setattr(native, "first_shape", lambda *_: Shape(8, 512, fixed=True))
+    model = make_native(8)
+    plain = Llama.step
+
+    def step(self: Llama, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("injected")
+        return plain(self, tokens, *args)
+
+    monkeypatch.setattr(Llama, "step", step)
+    found = said(model, rows)
+    assert model.info.shape == "2x128"
+    assert {row.shape for row in found} == {"2x128", "8x512"}  # of one token none takes a step
+    monkeypatch.setattr(native, "first_shape", lambda *_: Shape(2, 128, fixed=True))
+    small = said(make_native(2), rows)
+    assert [row.token_ids for row in small] == [row.token_ids for row in found]
 
 
 def test_threads_share_steps_and_a_cancelled_search_gives_all_pages_back(

@@ -8,13 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 
-from alpaca_core.engines.weights import Weights, bytes_needed, container_room, find, load_weights
+from alpaca_core.engines.sharing import container_room
+from alpaca_core.engines.weights import Weights, bytes_needed, find, load_weights
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.spec import ModelSpec
 
@@ -265,16 +267,29 @@ def test_a_container_s_limit_is_read(tmp_path: Path, files: dict[str, str], room
 
 
 def test_a_container_s_limit_counts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alpaca_core.engines.weights.container_room", lambda: 2**18)
+    monkeypatch.setattr("alpaca_core.engines.sharing.container_room", lambda: 2**18)
     with pytest.raises(NotEnoughMemory, match=r"0.0 GiB free"):
         load(tiny)
 
 
 def test_too_little_memory_is_said_before_loading(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**18))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**18, total=2**40))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(NotEnoughMemory, match=r"0.0 GiB as none/torch.float32, but cpu.*quantization='int8'"):
         load(tiny)
+
+
+def test_weights_that_do_not_fit_into_the_stated_share_are_not_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    taken = psutil.Process().memory_info().rss / psutil.virtual_memory().total
+    with pytest.raises(NotEnoughMemory, match=r"within a memory_share of .*raise memory_share"):
+        load(tiny, memory_share=taken / 2)
+
+
+def test_a_share_changes_no_digest(tiny: Path) -> None:
+    assert load(tiny, memory_share=0.99).info.digest == load(tiny).info.digest
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

@@ -5,6 +5,7 @@ import pty
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from prefect.client.schemas.objects import Artifact
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import task_run
 
+from alpaca_core import progress as core
 from prefect_alpaca.tasks import progress as room
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -41,8 +43,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     master, slave = pty.openpty()
     with os.fdopen(master, "rb", buffering=0) as screen, os.fdopen(slave, "w", encoding="utf-8") as stderr:
         os.set_blocking(master, False)
-        monkeypatch.setattr(room, "sys", SimpleNamespace(stderr=stderr))  # pytest keeps the real one for itself
-        monkeypatch.setattr(room, "TICK", 0.01)
+        monkeypatch.setattr(core, "sys", SimpleNamespace(stderr=stderr))  # pytest keeps the real one for itself
+        monkeypatch.setattr(core, "TICK", 0.01)
 
         def read() -> str:
             stderr.flush()
@@ -93,8 +95,9 @@ def test_a_batch_without_rows_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPat
         advance(0)
 
 
-def test_a_terminal_shows_a_bar_that_moves_and_is_wiped(terminal: Callable[[], str]) -> None:
-    with room.progress_bar("judge", 3) as advance:
+@pytest.mark.parametrize("draw", [room.progress_bar, core.progress_bar], ids=["task", "core"])
+def test_a_terminal_shows_a_bar_that_moves_and_is_wiped(terminal: Callable[[], str], draw: Any) -> None:
+    with draw("judge", 3) as advance:
         time.sleep(0.1)
         waiting = terminal()
         advance(1 / 3)
