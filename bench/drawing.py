@@ -108,6 +108,8 @@ def draw_speed(figures: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axis: Any, case: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ways = sorted(
         ((name, entry["per_s"]) for name, entry in case["ways"].items() if "per_s" in entry), key=lambda way: way[1]
     )
@@ -133,6 +135,8 @@ def _bars(axis: Any, case: dict[str, Any]) -> None:
         told = f"limit {_number(limit)}"
         axis.text(limit, len(names) - 0.45, told, color=LIMIT, fontsize=8, ha="right", va="bottom")
     axis.set_xlim(0, end * 1.06)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylim(-0.6, len(names) - 0.1)
     axis.tick_params(labelsize=8, length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -156,6 +160,10 @@ def draw_growth(figures: dict[str, Any], path: Path) -> None:
             points = [(int(size), 1000 / per_s) for size, per_s in found.get("limit", {}).get("judge", {}).items()]
             _line(axis, points, label="limit of judge", color=LIMIT, linestyle="--")
         axis.set(xscale="log", yscale="log", xlabel=title)
+        sizes = sorted({int(size) for line in found.get(key, {}).values() for size in line})
+        axis.set_xticks(sizes, labels=[f"{size:,}" for size in sizes], fontsize=8)
+        axis.yaxis.set_major_formatter("{x:,.4g}")
+        axis.minorticks_off()
         axis.set_title("milliseconds per row", fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

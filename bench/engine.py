@@ -152,7 +152,7 @@ class Run:
     def ask_vllm(self) -> None:
         """Let vLLM do all that it is compared with, in one process, while nothing of ours is loaded."""
         words, options = Loaded.words_of(self.spec), self.options
-        plain = {"temperature": 0.0, "seeds": None, "labels": None, "shared": False, "alone": False, "keep": False}
+        plain = {"temperature": 0.0, "seeds": None, "labels": None, "shared": False, "keep": False}
         rounds = range(options.repeat + 1)
         calls: list[dict[str, Any]] = [
             plain | {

@@ -126,7 +126,7 @@ def _of_the_notebook(run: Any, loaded: Loaded) -> dict[str, Any]:
 
 
 def ready(run: Any) -> None:
-    """Start processes: the first warms the page cache, and ours comes twice, since the second finds what is compiled."""
+    """Start processes: the first warms the page cache; ours comes twice, since the second finds what is compiled."""
     run.unload()
     run.figures.put("sections", "ready", "unit", "s")
     specs = {"plain": run.spec, "int8 + LoRA": run.adapted(quantization="int8")}

@@ -8,14 +8,15 @@ that has it. Without either it is looked for where this runs. A job is
 
     {"model": FOLDER, "dtype": "bfloat16", "context": 256, "rows": 256, "memory": 0.85, "calls": [CALL, ...]}
 
-and each call does its rounds, of which the first warms up and is not timed:
+and each call does its rounds, of which the first warms up, and counts only where there is no other:
 
     {"name": ..., "rounds": [[[token, ...], ...], ...], "tokens": 128, "temperature": 0.0, "labels": null,
-     "seeds": null, "shared": false, "alone": false, "keep": false}
+     "seeds": null, "shared": false, "keep": false}
 
-`labels` are tokens whose log-probabilities are wanted, `shared` lets prompts find what others computed, `alone` sends
-one row at a time, `keep` returns tokens and log-probabilities of the last round. Prompts are token ids, the end of
-text is switched off, nothing is turned back into text. Written against vLLM 0.22.0 (`vllm/sampling_params.py`).
+`labels` are tokens whose log-probabilities are wanted, `seeds` one for each prompt of each round, `shared` lets
+prompts find what others computed, `keep` returns tokens and log-probabilities of all rounds. Prompts are token ids,
+the end of text is switched off, nothing is turned back into text. Written against the source of
+vLLM 0.22.0, `vllm/sampling_params.py`.
 """
 
 import json
@@ -107,29 +108,25 @@ def main() -> None:
 
 
 def _call(vllm: Any, llm: Any, call: dict[str, Any]) -> dict[str, Any]:
-    def settings(row: int) -> Any:
-        return vllm.SamplingParams(
-            temperature=call["temperature"],
-            seed=call["seeds"][row] if call["seeds"] else None,
-            max_tokens=call["tokens"],
-            ignore_eos=True,
-            detokenize=False,
-            logprob_token_ids=call["labels"],
-            skip_reading_prefix_cache=not call["shared"],
-        )
-
     took, rows = [], []
-    for prompts in call["rounds"]:
-        asked = [({"prompt_token_ids": prompt}, settings(row)) for row, prompt in enumerate(prompts)]
-        parts = [[each] for each in asked] if call["alone"] else [asked]
-        start = time.perf_counter()
-        outputs = [
-            output
-            for part in parts
-            for output in llm.generate([prompt for prompt, _ in part], [each for _, each in part], use_tqdm=False)
+    for prompts, seeds in zip(call["rounds"], call["seeds"] or [None] * len(call["rounds"]), strict=True):
+        settings = [
+            vllm.SamplingParams(
+                temperature=call["temperature"],
+                seed=seeds[row] if seeds else None,
+                max_tokens=call["tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                logprob_token_ids=call["labels"],
+                skip_reading_prefix_cache=not call["shared"],
+            )
+            for row in range(len(prompts))
         ]
+        start = time.perf_counter()
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
         took.append(time.perf_counter() - start)
-        rows = [_row(output.outputs[0], call["labels"]) for output in outputs] if call["keep"] else []
+        if call["keep"]:
+            rows += [_row(output.outputs[0], call["labels"]) for output in outputs]
     return {"seconds": took[1:] or took, "rows": rows}
 
 

@@ -20,6 +20,10 @@ class Words:
 
     Args:
         tokenizer: Whose words they are of: pieces of ASCII letters behind a space, or any piece where it has few.
+        vocab_size: Of the network.
+
+    Attributes:
+        words: Their tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -27,13 +31,13 @@ class Words:
         known = range(min(vocab_size, tokenizer.vocab_size))
         plain = [token for token in known if not tokenizer.is_special(token)]
         words = [token for token in plain if re.fullmatch("[Ġ▁][A-Za-z]{2,}", tokenizer.piece(token))]
-        self._words = words if len(words) >= 1000 else plain
+        self.words = words if len(words) >= 1000 else plain
 
     def draw(self, count: int, length: int, shared: int = 0) -> list[tuple[int, ...]]:
         """Draw prompts of `length` tokens that begin with the same `shared` ones."""
         dice = random.Random(next(_SEEDS))
-        head = dice.choices(self._words, k=shared)
-        return [(*head, *dice.choices(self._words, k=length - shared)) for _ in range(count)]
+        head = dice.choices(self.words, k=shared)
+        return [(*head, *dice.choices(self.words, k=length - shared)) for _ in range(count)]
 
     def text(self, tokens: tuple[int, ...]) -> str:
         """Return tokens as text."""
@@ -41,7 +45,7 @@ class Words:
 
     def labels(self, count: int) -> list[tuple[int, ...]]:
         """Draw labels of one, two and three tokens, in turn; four of those with more begin alike."""
-        drawn = random.Random(count).sample(self._words, k=2 * count)
+        drawn = random.Random(count).sample(self.words, k=2 * count)
         own, firsts = drawn[:count], drawn[count:]
         longest = [(firsts[place // 6], own[place], own[place - 1]) for place in range(count)]
         return [label[: 1 + place % 3] if place % 3 else (own[place],) for place, label in enumerate(longest)]
