@@ -21,7 +21,6 @@ import argparse
 import datetime
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ import stages
 import torch
 import vllm_rows
 from limits import Limit, ceilings
-from others import Others
+from others import CONTINUOUS, Others
 from ours import Loaded, adapter_for, folder_of
 from seven_billion import machine, make_base
-from timing import Figures, in_turn, settle, why
+from timing import Figures, Way, in_turn, settle, why
 
 from alpaca_core import ModelSpec
 
@@ -50,6 +49,7 @@ def main() -> None:
         run.ask_vllm()
     for section in options.sections:
         started = time.perf_counter()
+        figures.put("sections", section, {})
         try:
             getattr(run, section)()
         except Exception as error:  # of ours: it is told, and what comes next is still measured
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a response")
     parser.add_argument("--judged", type=int, default=64, help="prompts to judge")
     parser.add_argument("--questions", type=int, default=256, help="questions of the chain")
+    parser.add_argument("--reason", type=int, default=256, help="tokens that the chain reasons with")
+    parser.add_argument("--conclude", type=int, default=32, help="tokens that it answers with")
     parser.add_argument("--few", type=int, default=16, help="tokens, or an eighth of it items, of the notebook's loop")
     parser.add_argument("--grow-rows", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--grow-prompt", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1_024, 2_000])
@@ -190,16 +192,26 @@ class Run:
         best = min(call["seconds"])
         return {"per_s": units / best, "units": units, "seconds": best}
 
-    def case(self, section: str, name: str, limit: float, ways: dict[str, Callable[[], int]], share: float) -> None:
-        """Measure one case of a section in its share of the section's seconds."""
-        put = self.figures.put
-        put("sections", section, "cases", name, "limit", limit)
-        in_turn(
-            ways,
-            self.options.repeat,
-            self.options.seconds * share,
-            lambda way, entry: put("sections", section, "cases", name, "ways", way, entry),
-        )
+    def case(self, section: str, name: str, limit: float, ways: dict[str, Way], share: float) -> None:
+        """Measure one case of a section in its share of the section's seconds.
+
+        Continuous batching takes most of the memory that is left, so it comes last and with nothing beside it; so
+        does what had no memory beside the others.
+        """
+        path = ("sections", section, "cases", name)
+        self.figures.put(*path, "limit", limit)
+
+        def measure(some: dict[str, Way], seconds: float) -> dict[str, dict[str, Any]]:
+            return in_turn(some, self.options.repeat, seconds, lambda way, entry: put(*path, "ways", way, entry))
+
+        put, seconds = self.figures.put, self.options.seconds * share
+        apart = {way: ways[way] for way in ways if way == CONTINUOUS}
+        found = measure({way: ways[way] for way in ways if way not in apart}, seconds * (0.6 if apart else 0.9))
+        apart |= {way: ways[way] for way in found if "OutOfMemory" in found[way].get("failed", "")}
+        for way in apart:
+            assert self._loaded is not None
+            self._loaded.close()
+            measure({way: ways[way]}, 0.3 * seconds / len(apart))
 
     def generate(self) -> None:
         """New tokens per second."""
@@ -223,9 +235,9 @@ class Run:
         options = self.options
         self.figures.put("sections", "judge", "unit", "items/s")
         loaded = self.loaded()
-        loaded.model(max(options.rows))
         others = Others(loaded.network, loaded.tokenizer, loaded.words, max(options.rows))
         for shared in self.shared:
+            loaded.model(max(options.rows))
             ways = {"ours": lambda shared=shared: loaded.judge(options.judged, options.prompt, shared)}
             ways |= others.ways_to_judge(options.judged, options.prompt, shared, max(2, options.few // 8))
             name = f"{shared} of {options.prompt} tokens shared"

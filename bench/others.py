@@ -20,6 +20,7 @@ from alpaca_core.prompts import ALPACA
 from alpaca_core.tokenizer import Tokenizer
 
 LABELS = ("Yes", "No")
+CONTINUOUS = "transformers, continuous batching"
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -50,10 +51,10 @@ class Others:
         return {
             "transformers": lambda: self._generate(rows, prompt, tokens),
             "the notebook's loop": lambda: self.ask(self._text(prompt), few) and few,
-            "transformers, continuous batching": lambda: self._continuous(rows, prompt, tokens),
             "transformers, static cache + compile": lambda: self._generate(
                 rows, prompt, tokens, cache_implementation="static"
             ),
+            CONTINUOUS: lambda: self._continuous(rows, prompt, tokens),
         }
 
     def ways_to_judge(self, items: int, prompt: int, shared: int, few: int) -> dict[str, Way]:

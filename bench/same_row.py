@@ -6,13 +6,12 @@
 Rows have 3 to 220 tokens, and half of them begin alike. All are generated at temperature 1 and judged between two
 labels, and again: in another order; in three shardings, each shard a call of its own; among as many other rows; in a
 second process; and some alone, one row at a time. Tokens are compared with those of the first run, log-probabilities
-of the labels bit by bit; "furthest" is the largest difference of a label's share of
-both. Between our runs all pages are
-forgotten.
+of the labels bit by bit; "furthest" is the largest difference of a label's share of both. Between our runs all pages
+are forgotten.
 
 transformers draws all rows of a batch from one generator, so at temperature 1 no row could be the same in other
-company: it is run greedily, and its rows are padded on the left, in batches as they come. vLLM gets a seed for each request, and
-its prefix cache is on, as it is unless it is told otherwise (where it runs: `vllm_rows.py`).
+company: it is run greedily, and its rows are padded on the left, in batches as they come. vLLM gets a seed for each
+request, and its prefix cache is on, as it is unless it is told otherwise (where it runs: `vllm_rows.py`).
 """
 
 import argparse
@@ -58,6 +57,7 @@ def main() -> None:
     figures.put("options", {name: str(value) for name, value in vars(options).items() if value is not None})
     for who in options.who:
         started = time.perf_counter()
+        figures.put("runs", who, {})
         try:
             if who == "vLLM":
                 of_vllm(spec, options, figures)

@@ -19,9 +19,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from alpaca_core import Sampling, chain_of_thought, conclude, prompts, verify
 from alpaca_core.model import RowError, Trie
 
-REASON, CONCLUDE = 256, 32
-"""Tokens that the notebook lets the model reason with, and answer with."""
-
 
 def int8(run: Any) -> None:
     """Generate and judge in 8 bits with a LoRA on q, k, v and o, unmerged."""
@@ -38,6 +35,7 @@ def int8(run: Any) -> None:
         ways |= {name: theirs[name] for name in ("transformers", "the notebook's loop")}
         limit = run.limit(int8=True).generate(rows, options.prompt, options.tokens)
         run.case("int8", f"tok/s, {rows} at once", limit, ways, 1 / (1 + len(options.rows)))
+    loaded.model(max(options.rows))
     theirs = others.ways_to_judge(options.judged, options.prompt, 0, max(2, options.few // 8))
     ways = {"ours": lambda: loaded.judge(options.judged, options.prompt, 0)}
     ways |= {name: theirs[name] for name in ("transformers", "the notebook's loop")}
@@ -64,7 +62,8 @@ def chain(run: Any) -> None:
     options, count = run.options, run.options.questions
     put = run.figures.put
     put("sections", "chain", "unit", "questions/s")
-    ways = ("sections", "chain", "cases", f"{REASON} + {CONCLUDE} tokens and a judgment, {count} questions", "ways")
+    case = f"{options.reason} + {options.conclude} tokens and a judgment, {count} questions"
+    ways = ("sections", "chain", "cases", case, "ways")
     precise = str(run.dtype).removeprefix("torch.")
     for name, spec in (
         ("ours, int8 + LoRA", run.adapted(quantization="int8")),
@@ -76,7 +75,7 @@ def chain(run: Any) -> None:
         put(*ways, name, {"failed": "was cut off"})
         _ask(model, asked[:2], 2, 2)
         start = time.perf_counter()
-        _ask(model, asked[2:], REASON, CONCLUDE)
+        _ask(model, asked[2:], options.reason, options.conclude)
         took = time.perf_counter() - start
         put(*ways, name, {"per_s": count / took, "units": count, "seconds": took})
     try:
@@ -102,7 +101,8 @@ def _text(row: Any) -> str | None:
 def _of_the_notebook(run: Any, loaded: Loaded) -> dict[str, Any]:
     """Time the notebook's loop over one question, or a few of its tokens where a whole one takes too long."""
     others = Others(as_the_notebook(run), loaded.tokenizer, loaded.words, 1)
-    question, steps, answer = (loaded.words.text(loaded.words.draw(1, size)[0]) for size in (32, REASON, CONCLUDE))
+    few, long, short = run.options.few, run.options.reason, run.options.conclude
+    question, steps, answer = (loaded.words.text(loaded.words.draw(1, size)[0]) for size in (32, long, short))
     reason = others.alpaca(prompts.CHAIN_OF_THOUGHT.format(question=question))
     final = others.alpaca(prompts.CONCLUDE.format(question=question, reasoning=steps))
     check = others.alpaca(prompts.VERIFY.format(question=question, answer=answer))
@@ -113,15 +113,14 @@ def _of_the_notebook(run: Any, loaded: Loaded) -> dict[str, Any]:
         return time.perf_counter() - start
 
     others.ask(reason, 1)
-    few = run.options.few
     first, more = (seconds(lambda tokens=tokens: others.ask(reason, tokens)) for tokens in (1, 1 + few))
     a_token = max(more - first, 0.0) / few
     last = seconds(lambda: others.ask(final, 1)) + seconds(lambda: others.weigh(check))
-    expected = first + last + (REASON + CONCLUDE - 2) * a_token
+    expected = first + last + (long + short - 2) * a_token
     if expected > run.options.seconds / 3:
         told = f"worked out from {few} tokens of one question, its prompts and its judgment"
         return {"per_s": 1 / expected, "units": 1, "seconds": expected, "note": told}
-    whole = seconds(lambda: (others.ask(reason, REASON), others.ask(final, CONCLUDE), others.weigh(check)))
+    whole = seconds(lambda: (others.ask(reason, long), others.ask(final, short), others.weigh(check)))
     return {"per_s": 1 / whole, "units": 1, "seconds": whole, "note": "one question, whole"}
 
 
@@ -188,7 +187,7 @@ def growth(run: Any) -> None:
     }
     for axis, (sizes, ways) in lines.items():
         for name, way in ways.items():
-            _grow(run, axis, name, sizes, way, options.seconds / 6)
+            _grow(run, axis, name, sizes, way, options.seconds / (4 if axis == "rows" else 8))
     for size in lines["prompt"][0]:
         run.figures.put("sections", "growth", "limit", "judge", size, run.limit().judge(options.judged, size, 0))
 

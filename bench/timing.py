@@ -17,6 +17,9 @@ Way = Callable[[], int]
 """Does some work, and says how much: tokens or items. A slow way may do less than others of the same case."""
 
 
+OURS = "ours"
+
+
 class Left(Exception):
     """Why a way is not measured: not installed, or not for this machine."""
 
@@ -77,7 +80,7 @@ def in_turn(
     """Time ways one after the other, several times over; the best of each counts.
 
     Args:
-        ways: By name; the first is never left out for time.
+        ways: By name; `OURS` is never left out for time.
         repeat: Rounds. Before the first each way runs once; that call compiles and captures, and is told as
             `first_s`, and counts only where there was time for no other.
         seconds: From when on nothing is begun; a peer's call is ended where it takes more than three fifths of what
@@ -90,14 +93,14 @@ def in_turn(
     """
     end = time.perf_counter() + seconds
     found: dict[str, dict[str, Any]] = {}
-    first, last = next(iter(ways)), list(ways)[-1]
+    last = list(ways)[-1]
     for place in range(repeat + 1):
         for name, way in ways.items():
             entry = found.setdefault(name, {})
             left = end - time.perf_counter()
-            if "failed" in entry or "left_out" in entry or (left <= 0 and place > (name == first)):
+            if "failed" in entry or "left_out" in entry or (left <= 0 and place > (name == OURS)):
                 continue
-            if name == first:
+            if name == OURS:
                 _measure(way, entry, place, 1e6)
             elif left <= 0:
                 entry["left_out"] = f"the {seconds:.0f} s of this case were over"
