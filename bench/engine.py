@@ -1,175 +1,266 @@
-"""Tokens and judgments a second, ours beside transformers', in one process and in turn.
+"""How fast the engine is beside others and beside the machine's limit, in one process and in turn.
 
-    python bench/engine.py --rows 16 --out figures.json
-    python bench/engine.py --seven-billion /tmp/llama-7b --rows 1 64 256
+    python bench/engine.py --out engine.json --plot docs/images/speed.png
+    python bench/engine.py --seven-billion /tmp/7b --rows 1 64 256 --judged 512 --sections generate judge --seconds 240
 
-Without `--seven-billion` the embedded model is measured, with it a random checkpoint of LLaMA-7B's shape. Greedy,
-prompts of random tokens, the end of text switched off, prefill counted, the best of `--repeat`. "ours, by modules" is
-this project's loop around transformers' network, which other families use. Ceilings are measured in the same run:
-a copy, and a matrix product, in the model's dtype. Before anything is timed, rows are compared alone and in company.
+Without `--seven-billion` the embedded model is measured (or `--model`, a folder), with it a random checkpoint of
+LLaMA-7B's shape, made where it is not there. Prompts are random words, greedy, the end of text is switched off, the
+pass over the prompts counts. Each way runs once to warm up, then in turn; the best of `--repeat` counts. "ours" is
+what `load_model` runs. A way that fails or takes too long is told, and the run goes on; figures are written after each
+measurement. Sections, each in `--seconds` at most and some more for what must end:
+
+- generate, judge: ours beside transformers, vLLM (in its own process, before ours is loaded: `vllm_rows.py`), CAPPr,
+  lm-evaluation-harness and the notebook's loop, which is measured on few tokens;
+- int8: with a LoRA beside it, ours and transformers' (which keeps outliers at threshold 6, as the notebook does);
+- chain: reason, conclude, verify, per question, beside the notebook's loop;
+- ready: seconds until everything is compiled and captured, in a new process;
+- growth: how cost grows with rows, prompts and labels.
 """
 
 import argparse
-import itertools
-import json
+import datetime
 import platform
-import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drawing
+import stages
 import torch
+import vllm_rows
+from limits import Limit, ceilings
+from others import CONTINUOUS, Others
+from ours import Loaded, adapter_for, folder_of
 from seven_billion import machine, make_base
+from timing import Figures, Way, in_turn, settle, why
 
-from alpaca_core import ModelSpec, Sampling
-from alpaca_core.engines.native import NativeModel
-from alpaca_core.engines.transformers import TransformersModel
-from alpaca_core.engines.weights import load_weights
-from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
+from alpaca_core import ModelSpec
 
-LABELS = Trie.of([[5], [9]])[0]
+SECTIONS = ("generate", "judge", "int8", "chain", "ready", "growth")
 
 
 def main() -> None:
+    """Measure the sections that are asked for, print a table, draw."""
+    options = parser().parse_args()
+    figures = Figures(options.out)
+    failed = False
+    run = Run(options, figures)
+    if {"generate", "judge"} & {*options.sections}:
+        run.ask_vllm()
+    for section in options.sections:
+        started = time.perf_counter()
+        figures.put("sections", section, {})
+        try:
+            getattr(run, section)()
+        except Exception as error:  # of ours: it is told, and what comes next is still measured
+            failed = True
+            figures.put("sections", section, "failed", why(error))
+        figures.put("sections", section, "section_s", round(time.perf_counter() - started, 1))
+        print(drawing.table(figures.found, section), flush=True)
+    if options.plot:
+        drawing.draw_speed(figures.found, options.plot)
+        drawing.draw_growth(figures.found, options.plot.with_stem(f"{options.plot.stem}-growth"))
+    raise SystemExit(failed)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seven-billion", type=Path, help="folder of the random checkpoint, made if it is not there")
+    parser.add_argument("--model", help="another base model, as ModelSpec.base_model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rows", type=int, nargs="+", default=[16], help="rows at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a response")
     parser.add_argument("--judged", type=int, default=64, help="prompts to judge")
+    parser.add_argument("--questions", type=int, default=256, help="questions of the chain")
+    parser.add_argument("--reason", type=int, default=256, help="tokens that the chain reasons with")
+    parser.add_argument("--conclude", type=int, default=32, help="tokens that it answers with")
+    parser.add_argument("--few", type=int, default=16, help="tokens, or an eighth of it items, of the notebook's loop")
+    parser.add_argument("--grow-rows", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
+    parser.add_argument("--grow-prompt", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1_024, 2_000])
+    parser.add_argument("--grow-labels", type=int, nargs="+", default=[2, 5, 10, 20, 50, 100, 200, 500])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    options = parser.parse_args()
-    spec = ModelSpec()
-    if options.seven_billion:
-        make_base(options.seven_billion, 32)
-        spec = ModelSpec(base_model=str(options.seven_billion))
-    figures: dict[str, Any] = {"machine": machine() | {"processor": platform.processor()}, "rows": {}}
-    loaded = load_weights(spec)
-    info = loaded.info.model_copy(update={"eos_ids": ()})
-    network: Any = loaded.network
-    for rows in options.rows:
-        native = NativeModel(network, loaded.tokenizer, info, rows)
-        modules = TransformersModel(network, loaded.tokenizer, info, rows)
-        figures["rows"][rows] = measure(network, native, modules, rows, options)
-    figures["ceilings"] = ceilings(native._device, native._dtype)
-    print(json.dumps(figures, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    parser.add_argument("--seconds", type=float, default=120, help="of a section")
+    parser.add_argument("--vllm-seconds", type=float, default=400, help="of vLLM's process, its start included")
+    parser.add_argument("--out", type=Path, help="the figures as JSON; sections of an earlier run there are kept")
+    parser.add_argument("--plot", type=Path, help="a PNG; growth goes beside it")
+    return parser
 
 
-def measure(network: Any, native: Any, modules: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one number of rows."""
-    found: dict[str, Any] = {"alone as in company": independent(native, rows, options)}
-    found["tokens/s"] = in_turn(
-        {
-            "transformers": lambda: generated_by_transformers(network, prompts(rows, options.prompt), options.tokens),
-            "ours, by modules": lambda: generated(modules, rows, options),
-            "ours": lambda: generated(native, rows, options),
-        },
-        rows * options.tokens,
-        options.repeat,
-    )
-    for shared in (0, options.prompt // 2, 3 * options.prompt // 4):
-        found[f"items/s, {shared} of {options.prompt} tokens shared"] = in_turn(
-            {
-                "transformers": lambda cut=shared: judged_by_transformers(network, options, rows, cut),
-                "ours, by modules": lambda cut=shared: judged(modules, options, cut),
-                "ours": lambda cut=shared: judged(native, options, cut),
-            },
-            options.judged,
-            options.repeat,
-        )
-    return found
+class Run:
+    """One run: what is measured, and what was found.
 
+    Args:
+        options: As `parser` reads them.
+        figures: Where everything is written.
+    """
 
-def in_turn(ways: dict[str, Callable[[], None]], work: int, repeat: int) -> dict[str, Any]:
-    """Time each way once after the other, several times; work a second at best, and ratios to the first."""
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(repeat):
-        for name, way in ways.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            way()
-            best[name] = min(best[name], time.perf_counter() - start)
-    first = best[next(iter(best))]
-    return {name: {"per s": round(work / took, 1), "ratio": round(first / took, 2)} for name, took in best.items()}
+    def __init__(self, options: argparse.Namespace, figures: Figures) -> None:
+        self.options, self.figures = options, figures
+        base: dict[str, Any] = {"base_model": options.model} if options.model else {}
+        if options.seven_billion:
+            make_base(options.seven_billion / "base", 32)
+            base["base_model"] = str(options.seven_billion / "base")
+        self.spec = ModelSpec(dtype=options.dtype, batch_size=max(options.rows), **base)
+        settle()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = options.dtype if options.dtype != "auto" else "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype: torch.dtype = getattr(torch, chosen)
+        self.ceilings = ceilings(self.device, self.dtype)
+        settle()
+        told = {"date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine()}
+        figures.put("machine", machine() | told | {"threads": torch.get_num_threads()})
+        figures.put("model", options.model or ("LLaMA-7B's shape" if options.seven_billion else "embedded"))
+        figures.put("dtype", chosen)
+        figures.put("ceilings", self.ceilings)
+        self._loaded: Loaded | None = None
+        self._loaded_spec = self.spec
+        self._vllm: dict[str, Any] = {"calls": {}}
+        self._adapter: str | None = None
 
+    @property
+    def shared(self) -> list[int]:
+        """Tokens that all judged prompts begin with: none, half, three quarters."""
+        return [0, self.options.prompt // 2, self.options.prompt * 3 // 4]
 
-SEEDS = itertools.count()
+    def loaded(self, spec: ModelSpec | None = None) -> Loaded:
+        """Load a spec, the plain one unless another is asked for; it stays until another is."""
+        wanted = spec or self.spec
+        if self._loaded is None or self._loaded_spec != wanted:
+            self.unload()
+            self._loaded, self._loaded_spec = Loaded(wanted), wanted
+        return self._loaded
 
+    def unload(self) -> None:
+        """Free the network's memory."""
+        if self._loaded is not None:
+            self._loaded.close()
+            del self._loaded._weights, self._loaded.network
+        self._loaded = None
+        settle()
 
-def prompts(count: int, length: int, shared: int = 0) -> list[tuple[int, ...]]:
-    """New prompts at each call, so that nothing is found in a cache but what this call shares."""
-    draw = random.Random(next(SEEDS))
-    head = [draw.randrange(300, 30_000) for _ in range(shared)]
-    return [(*head, *(draw.randrange(300, 30_000) for _ in range(length - shared))) for _ in range(count)]
+    def adapted(self, **more: Any) -> ModelSpec:
+        """Return the spec with a random LoRA beside it."""
+        self._adapter = self._adapter or adapter_for(self.spec, self.options.seven_billion)
+        return self.spec.model_copy(update={"adapter": self._adapter, **more})
 
+    def limit(self, *, int8: bool = False) -> Limit:
+        """Return the limit of the network that is loaded."""
+        assert self._loaded is not None
+        return Limit(self._loaded.config, self.dtype.itemsize, self.ceilings, int8)
 
-def generated(model: Any, rows: int, options: argparse.Namespace) -> None:
-    sampling = Sampling(max_new_tokens=options.tokens)
-    for _, row in model.generate([GenerateRow(prompt, sampling) for prompt in prompts(rows, options.prompt)]):
-        assert not isinstance(row, RowError), row
+    def ask_vllm(self) -> None:
+        """Let vLLM do all that it is compared with, in one process, while nothing of ours is loaded."""
+        words, options = Loaded.words_of(self.spec), self.options
+        plain = {"temperature": 0.0, "seeds": None, "labels": None, "shared": False, "keep": False}
+        rounds = range(options.repeat + 1)
+        calls: list[dict[str, Any]] = [
+            plain | {
+                "name": f"generate {rows}",
+                "rounds": [words.draw(rows, options.prompt) for _ in rounds],
+                "tokens": options.tokens,
+            }
+            for rows in options.rows
+        ] + [
+            plain | {
+                "name": f"judge {shared}",
+                "rounds": [words.draw(options.judged, options.prompt, shared) for _ in rounds],
+                "tokens": 1,
+                "labels": [5, 9],
+                "shared": shared > 0,
+            }
+            for shared in self.shared
+        ]  # fmt: skip
+        job = {
+            "model": str(folder_of(self.spec)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "context": options.prompt + options.tokens,
+            "rows": max(256, *options.rows),
+            "memory": 0.85,
+            "calls": calls,
+        }
+        self._vllm = vllm_rows.run(job, options.vllm_seconds)
+        self.figures.put("vllm", {name: value for name, value in self._vllm.items() if name != "calls"})
 
+    def _of_vllm(self, name: str, units: int) -> dict[str, Any]:
+        call = self._vllm["calls"].get(name)
+        if call is None:
+            reasons = {key: self._vllm[key] for key in ("left_out", "failed") if key in self._vllm}
+            return reasons or {"left_out": "vLLM was not asked"}
+        best = min(call["seconds"])
+        return {"per_s": units / best, "units": units, "seconds": best}
 
-def generated_by_transformers(network: Any, given: list[tuple[int, ...]], tokens: int) -> None:
-    ids = torch.tensor(given, device=network.device)
-    with torch.inference_mode():
-        network.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+    def case(self, section: str, name: str, limit: float, ways: dict[str, Way], share: float) -> None:
+        """Measure one case of a section in its share of the section's seconds.
 
+        Continuous batching takes most of the memory that is left, so it comes last and with nothing beside it; so
+        does what had no memory beside the others.
+        """
+        path = ("sections", section, "cases", name)
+        self.figures.put(*path, "limit", limit)
 
-def judged(model: Any, options: argparse.Namespace, shared: int) -> None:
-    given = prompts(options.judged, options.prompt, shared)
-    for _, row in model.loglikelihood([ScoreRow(prompt, LABELS) for prompt in given]):
-        assert not isinstance(row, RowError), row
+        def measure(some: dict[str, Way], seconds: float) -> dict[str, dict[str, Any]]:
+            return in_turn(some, self.options.repeat, seconds, lambda way, entry: put(*path, "ways", way, entry))
 
+        put, seconds = self.figures.put, self.options.seconds * share
+        apart = {way: ways[way] for way in ways if way == CONTINUOUS}
+        found = measure({way: ways[way] for way in ways if way not in apart}, seconds * (0.6 if apart else 0.9))
+        apart |= {way: ways[way] for way in found if "OutOfMemory" in found[way].get("failed", "")}
+        for way in apart:
+            assert self._loaded is not None
+            self._loaded.close()
+            measure({way: ways[way]}, 0.3 * seconds / len(apart))
 
-def judged_by_transformers(network: Any, options: argparse.Namespace, rows: int, shared: int) -> None:
-    given = prompts(options.judged, options.prompt, shared)
-    with torch.inference_mode():
-        for first in range(0, len(given), max(rows, 16)):
-            ids = torch.tensor(given[first : first + max(rows, 16)], device=network.device)
-            network(ids, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)[:, [5, 9]].tolist()
+    def generate(self) -> None:
+        """New tokens per second."""
+        options = self.options
+        self.figures.put("sections", "generate", "unit", "tok/s")
+        for rows in options.rows:
+            loaded = self.loaded()
+            loaded.model(rows)
+            others = Others(loaded.network, loaded.tokenizer, loaded.words, rows)
+            ways = {"ours": lambda rows=rows, loaded=loaded: loaded.generate(rows, options.prompt, options.tokens)}
+            ways |= others.ways_to_generate(rows, options.prompt, options.tokens, options.few)
+            name = f"{rows} at once"
+            limit = self.limit().generate(rows, options.prompt, options.tokens)
+            self.case("generate", name, limit, ways, 1 / len(options.rows))
+            others.release()
+            told = self._of_vllm(f"generate {rows}", rows * options.tokens)
+            self.figures.put("sections", "generate", "cases", name, "ways", "vLLM", told)
 
+    def judge(self) -> None:
+        """Prompts judged per second between two labels."""
+        options = self.options
+        self.figures.put("sections", "judge", "unit", "items/s")
+        loaded = self.loaded()
+        others = Others(loaded.network, loaded.tokenizer, loaded.words, max(options.rows))
+        for shared in self.shared:
+            loaded.model(max(options.rows))
+            ways = {"ours": lambda shared=shared: loaded.judge(options.judged, options.prompt, shared)}
+            ways |= others.ways_to_judge(options.judged, options.prompt, shared, max(2, options.few // 8))
+            name = f"{shared} of {options.prompt} tokens shared"
+            limit = self.limit().judge(options.judged, options.prompt, shared)
+            self.case("judge", name, limit, ways, 1 / len(self.shared))
+            told = self._of_vllm(f"judge {shared}", options.judged)
+            self.figures.put("sections", "judge", "cases", name, "ways", "vLLM", told)
 
-def independent(model: Any, rows: int, options: argparse.Namespace) -> dict[str, str]:
-    """Compare rows at temperature 1, and judged rows bit by bit, in company and alone."""
-    given = prompts(max(rows, 8), options.prompt, options.prompt // 2)
-    sampled = [GenerateRow(prompt, Sampling(max_new_tokens=16, temperature=1.0)) for prompt in given]
-    scored = [ScoreRow(prompt, LABELS) for prompt in given]
-    together = dict(model.generate(sampled)), dict(model.loglikelihood(scored))
-    model._memory.pages.forget()
-    few = range(min(16, len(given)))
-    same = sum(dict(model.generate([sampled[place]]))[0] == together[0][place] for place in few)
-    bits = sum(dict(model.loglikelihood([scored[place]]))[0] == together[1][place] for place in few)
-    return {"tokens": f"{same} of {len(few)}", "scores": f"{bits} of {len(few)}"}
+    def int8(self) -> None:
+        """Both in 8 bits, with a LoRA beside them."""
+        stages.int8(self)
 
+    def chain(self) -> None:
+        """Reason, conclude, verify."""
+        stages.chain(self)
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """GB/s of a copy, read and written, and GFLOP/s of a matrix product, at best of five."""
-    size = 2**30 if device.type == "cuda" else 2**26
-    source = torch.randn(size, device=device).to(dtype)
-    target = torch.empty_like(source)
-    side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device).to(dtype)
+    def ready(self) -> None:
+        """Seconds to the first results of a new process."""
+        stages.ready(self)
 
-    def seconds(work: Callable[[], object]) -> float:
-        best = float("inf")
-        for _ in range(6):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    copied = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source))
-    product = 2 * len(matrix) ** 3 / seconds(lambda: matrix @ matrix)
-    return {"copy GB/s": round(copied / 1e9, 1), "product GFLOP/s": round(product / 1e9, 1)}
+    def growth(self) -> None:
+        """How cost grows with rows, prompts and labels."""
+        stages.growth(self)
 
 
 if __name__ == "__main__":

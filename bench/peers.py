@@ -180,7 +180,7 @@ class Cappr:
     """CAPPr on our network. Of two batch sizes the faster is used, until one is slower than that before it."""
 
     def __init__(self, model: Any, task: Task, batches: Sequence[int]) -> None:
-        _bring_back()
+        bring_back()
         from cappr.huggingface import classify as cappr  # type: ignore[import-not-found]
         from cappr.utils.classify import agg_log_probs  # type: ignore[import-not-found]
 
@@ -225,7 +225,7 @@ class Cappr:
         )
 
 
-def _bring_back() -> None:
+def bring_back() -> None:
     """Put back what CAPPr 0.9.6 calls: two methods of transformers 4's caches, and numpy 1's name of a warning."""
 
     def of_tuples(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from words import Words, write_tokenizer
 
 from alpaca_core import ModelSpec, Sampling, answer, generate, judge, load_model
 from alpaca_core.loading import import_adapter
 from alpaca_core.model import RowError
-from alpaca_core.testing import FakeModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -35,8 +35,7 @@ def main() -> None:
     options = parser.parse_args()
 
     make_base(options.folder / "base", options.layers)
-    make_pickled_adapter(options.folder / "adapter", options.layers)
-    imported = import_adapter(options.folder / "adapter", template="alpaca-lora", out=options.folder / "imported")
+    imported = make_adapter(options.folder, options.folder / "base")
     base = str(options.folder / "base")
     specs = {
         "int8 + LoRA": ModelSpec(base_model=base, adapter=str(imported), quantization="int8", batch_size=256),
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def make_base(folder: Path, layers: int) -> None:
-    """Write a checkpoint of LLaMA-7B's shape, with a byte tokenizer, which is all that random weights need."""
+    """Write a checkpoint of LLaMA-7B's shape, with a tokenizer of made-up words."""
     if (folder / "config.json").exists():
         return
     config = LlamaConfig(
@@ -70,19 +69,35 @@ def make_base(folder: Path, layers: int) -> None:
         network = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     network.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(FakeModel("").tokenizer.definition, encoding="utf-8")
+    write_tokenizer(folder, config.vocab_size)
 
 
-def make_pickled_adapter(folder: Path, layers: int) -> None:
-    """Write a LoRA in the layout and with the configuration of tloen/alpaca-lora-7b, as a pickle."""
+def make_adapter(folder: Path, base: Path) -> Path:
+    """Make a random LoRA for a base model as tloen/alpaca-lora-7b is published, a pickle, and import it.
+
+    Returns:
+        The imported adapter's folder, in `folder`.
+    """
+    imported = folder / "imported"
+    if not imported.exists():
+        _make_pickled_adapter(folder / "adapter", LlamaConfig.from_pretrained(base))
+        import_adapter(folder / "adapter", template="alpaca-lora", out=imported)
+    return imported
+
+
+def _make_pickled_adapter(folder: Path, shape: LlamaConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1)
+    width = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    queries, keys = shape.num_attention_heads * width, shape.num_key_value_heads * width
+    sizes = {"q_proj": (shape.hidden_size, queries), "o_proj": (queries, shape.hidden_size)}
+    sizes |= dict.fromkeys(("k_proj", "v_proj"), (shape.hidden_size, keys))
     tensors = {
         f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{end}.weight": torch.randn(
-            (16, 4096) if end == "A" else (4096, 16), generator=generator
+            (16, sizes[target][0]) if end == "A" else (sizes[target][1], 16), generator=generator
         )
         / 100
-        for layer in range(layers)
+        for layer in range(shape.num_hidden_layers)
         for target in TARGETS
         for end in "AB"
     }
@@ -118,8 +133,8 @@ def measure(name: str, spec: ModelSpec, options: argparse.Namespace) -> dict[str
         sampling = Sampling(max_new_tokens=options.tokens)
         tokens, items = {}, {}
         for batch in options.batches:
-            # "raw", and 64 bytes: prompts of 64 tokens
-            prompts = [f"Row {row:04} ".ljust(64, "x") for row in range(batch)]
+            words = Words(model.tokenizer, model.info.vocab_size)
+            prompts = [words.text(tokens) for tokens in words.draw(batch, 64)]  # "raw": of 64 tokens
             generate(model, prompts, Sampling(max_new_tokens=2), template="raw")
             rows, seconds = timed(lambda rows=prompts: generate(model, rows, sampling, template="raw"))
             tokens[batch] = round(sum(row.completion_tokens for row in rows) / seconds)
