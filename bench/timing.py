@@ -83,8 +83,8 @@ def in_turn(
         ways: By name; `OURS` is never left out for time.
         repeat: Rounds. Before the first each way runs once; that call compiles and captures, and is told as
             `first_s`, and counts only where there was time for no other.
-        seconds: From when on nothing is begun; a peer's call is ended where it takes more than three fifths of what
-            is left.
+        seconds: Of all others together, from when on nothing is begun; a call is ended where it takes more than three
+            fifths of what is left.
         put: Called with a name and its entry after each measurement.
 
     Returns:
@@ -101,7 +101,9 @@ def in_turn(
             if "failed" in entry or "left_out" in entry or (left <= 0 and place > (name == OURS)):
                 continue
             if name == OURS:
+                start = time.perf_counter()
                 _measure(way, entry, place, 1e6)
+                end += time.perf_counter() - start
             elif left <= 0:
                 entry["left_out"] = f"the {seconds:.0f} s of this case were over"
             else:
