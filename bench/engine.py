@@ -212,12 +212,12 @@ class Run:
 
         put, seconds = self.figures.put, self.options.seconds * share
         apart = {way: ways[way] for way in ways if way == CONTINUOUS}
-        found = measure({way: ways[way] for way in ways if way not in apart}, seconds * (0.6 if apart else 0.9))
+        found = measure({way: ways[way] for way in ways if way not in apart}, seconds * (0.6 if apart else 1.0))
         apart |= {way: ways[way] for way in found if "OutOfMemory" in found[way].get("failed", "")}
         for way in apart:
             assert self._loaded is not None
             self._loaded.close()
-            measure({way: ways[way]}, 0.3 * seconds / len(apart))
+            measure({way: ways[way]}, 0.4 * seconds / len(apart))
 
     def generate(self) -> None:
         """New tokens per second."""

@@ -24,6 +24,10 @@ class Left(Exception):
     """Why a way is not measured: not installed, or not for this machine."""
 
 
+class TooLong(BaseException):
+    """A way took longer than it may; no `Exception`, since some of others' loops log and forget every one of these."""
+
+
 class Figures:
     """What was measured, written after every measurement, so that a run that is cut off keeps what it has.
 
@@ -50,10 +54,10 @@ class Figures:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after some seconds; only the main thread can be interrupted so."""
+    """Raise `TooLong` in the block after some seconds; only the main thread can be interrupted so."""
 
     def end(*_: object) -> None:
-        raise TimeoutError(f"took longer than the {seconds:.0f} s that were left")
+        raise TooLong(f"took longer than the {seconds:.0f} s that were left")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -124,7 +128,7 @@ def _measure(way: Way, entry: dict[str, Any], place: int, left: float) -> None:
         took = time.perf_counter() - start
     except Left as reason:
         entry["left_out"] = str(reason)
-    except Exception as error:
+    except (Exception, TooLong) as error:
         traceback.clear_frames(error.__traceback__)  # they hold tensors
         settle()
         if place == 0:
