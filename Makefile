@@ -37,8 +37,8 @@ screenshots: .venv/installed ## photograph the Prefect UI into docs/images (need
 	$(BIN)/python docs/screenshots.py
 
 bench: .venv/installed ## measure the engine beside others and the machine's limit, small, on the embedded model
-	$(BIN)/python bench/engine.py --rows 1 16 --tokens 16 --judged 16 --questions 4 --reason 16 --conclude 4 --few 8 \
-		--grow-rows 16 64 --grow-prompt 32 128 --grow-labels 2 20 --repeat 1 --seconds 20 --out engine.json --plot engine.png
+	$(BIN)/python bench/engine.py --rows 16 --tokens 16 --judged 8 --questions 4 --reason 16 --conclude 4 --few 8 \
+		--grow-rows 8 32 --grow-prompt 32 64 --grow-labels 2 8 --repeat 1 --seconds 25 --out engine.json --plot engine.png
 
 bench-judge: .venv/installed ## measure the judge on labelled sets: make bench-judge DATA=FOLDER
 	$(BIN)/python bench/judging.py --data '$(DATA)' --out figures.json

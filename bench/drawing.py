@@ -23,21 +23,27 @@ def table(figures: dict[str, Any], section: str) -> str:
     if not names:
         return "\n".join(lines)
     lines += [f"| | {' | '.join(cases)} |", "|---" * (1 + len(cases)) + "|"]
-    notes: dict[str, None] = {}
+    notes: dict[str, dict[str, list[str]]] = {}
     for name in names:
         cells = []
         for title, case in cases.items():
             entry = case.get("ways", {}).get(name, {})
-            cells.append(_cell(entry, _ours(case["ways"]), case.get("limit")))
-            notes |= dict.fromkeys(
-                f"{name}, {title}: {entry[key]}" for key in ("failed", "left_out", "note") if key in entry
-            )
-            if name == "the notebook's loop" and "per_s" in entry and "note" not in entry:
-                notes[f"{name}: over {entry['units']} of a kind at a time"] = None
+            cells.append(_cell(entry, None if name.startswith("ours") else _ours(case["ways"]), case.get("limit")))
+            told = [entry[key] for key in ("failed", "left_out", "note") if key in entry]
+            if "notebook" in name and "per_s" in entry:
+                told.append(f"over {entry['units']} tokens, items or questions")
+            for note in told:
+                notes.setdefault(note, {}).setdefault(name, []).append(title)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if any("limit" in case for case in cases.values()):
         lines.append(f"| limit | {' | '.join(_number(case.get('limit')) for case in cases.values())} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    lines.append("")
+    for note, where in notes.items():
+        told = [
+            name if len(titles) == len(cases) else f"{name} ({', '.join(titles)})" for name, titles in where.items()
+        ]
+        lines.append(f"- {', '.join(told)}: {note}")
+    return "\n".join(lines)
 
 
 def _ours(ways: dict[str, Any]) -> float | None:
@@ -47,7 +53,7 @@ def _ours(ways: dict[str, Any]) -> float | None:
 def _cell(entry: dict[str, Any], ours: float | None, limit: float | None) -> str:
     if "per_s" not in entry:
         return "failed" if "failed" in entry else "-"
-    more = [f"ours {ours / entry['per_s']:.2f}x"] if ours and ours != entry["per_s"] else []
+    more = [f"ours {ours / entry['per_s']:.2f}x"] if ours else []
     more += [f"{entry['per_s'] / limit:.0%} of the limit"] if limit else []
     return f"{_number(entry['per_s'])} ({', '.join(more)})" if more else _number(entry["per_s"])
 
@@ -132,7 +138,7 @@ def _bars(axis: Any, case: dict[str, Any]) -> None:
         )
     if limit:
         axis.axvline(limit, color=LIMIT, linewidth=1.5, linestyle="--")
-        told = f"limit {_number(limit)}"
+        told = f"limit {_number(limit)} "
         axis.text(limit, len(names) - 0.45, told, color=LIMIT, fontsize=8, ha="right", va="bottom")
     axis.set_xlim(0, end * 1.06)
     axis.xaxis.set_major_locator(MaxNLocator(4))

@@ -16,7 +16,8 @@ import torch
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure a copy, in GB/s read and written, and matrix products, in GFLOP/s, at the best of six.
 
-    On a GPU the product of int8 matrices is measured, too.
+    On a GPU the product of int8 matrices is measured, too. Whatever else the machine does makes them low, so that
+    the best of several times is to be used.
     """
     cuda = device.type == "cuda"
     source = torch.randn(2**30 if cuda else 2**26, device=device).to(dtype)

@@ -13,7 +13,7 @@ import torch
 from others import Others, cappr_table
 from ours import Loaded, folder_of
 from peft import PeftModel
-from timing import Left, limited, settle, why
+from timing import Left, TooLong, limited, settle, why
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alpaca_core import Sampling, chain_of_thought, conclude, prompts, verify
@@ -81,7 +81,7 @@ def chain(run: Any) -> None:
     try:
         with limited(options.seconds):
             put(*ways, "the notebook's loop", _of_the_notebook(run, loaded))
-    except Exception as error:
+    except (Exception, TooLong) as error:
         put(*ways, "the notebook's loop", {"failed": why(error)})
 
 
@@ -125,17 +125,17 @@ def _of_the_notebook(run: Any, loaded: Loaded) -> dict[str, Any]:
 
 
 def ready(run: Any) -> None:
-    """Start processes: the first warms the page cache; ours comes twice, since the second finds what is compiled."""
+    """Start processes; the first warms the page cache, and on a GPU ours comes again, to find what is compiled."""
     run.unload()
     run.figures.put("sections", "ready", "unit", "s")
     specs = {"plain": run.spec, "int8 + LoRA": run.adapted(quantization="int8")}
     known = {"base_model": str(folder_of(run.spec)), "dtype": str(run.dtype).removeprefix("torch.")}
-    for name, who, given in (
+    for name, who, given in [
         ("transformers", "transformers", known),
         ("ours", "ours", specs["plain"].model_dump(mode="json")),
-        ("ours, again", "ours", specs["plain"].model_dump(mode="json")),
+        *[("ours, again", "ours", specs["plain"].model_dump(mode="json"))] * (run.device.type == "cuda"),
         ("ours, int8 + LoRA", "ours", specs["int8 + LoRA"].model_dump(mode="json")),
-    ):
+    ]:
         command = [sys.executable, str(Path(__file__).with_name("ready.py")), who, json.dumps(given)]
         start = time.perf_counter()
         try:
@@ -207,7 +207,10 @@ def _grow(run: Any, axis: str, name: str, sizes: Sequence[int], way: Callable[[i
             with limited(max(2 * left, 10.0)):
                 units = way(size)
             before = time.perf_counter() - start
-        except (Left, Exception) as error:
+        except Left as reason:
+            run.figures.put("sections", "growth", axis, name, size, {"left_out": str(reason)})
+            return
+        except (Exception, TooLong) as error:
             settle()
             run.figures.put("sections", "growth", axis, name, size, {"failed": why(error)})
             return
