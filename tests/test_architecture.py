@@ -60,6 +60,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.eager",
     "alpaca_core.engines.pages",
     "alpaca_core.engines.transformers",
+    "alpaca_core.engines.engine",
     "alpaca_core.engines.heads",
     "alpaca_core.engines.scoring",
     "alpaca_core.engines.decoding",

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from alpaca_core.engines.engine import Engine
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
@@ -13,7 +14,6 @@ from alpaca_core.engines.recovering import Recovery
 from alpaca_core.engines.running import Request, Runner, outcomes
 from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
-from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.spec import digest_of
@@ -24,7 +24,7 @@ _GPU_TOKENS = 4096
 _CPU_TOKENS = 1024
 
 
-class NativeModel(TransformersModel):
+class NativeModel(Engine):
     """A loaded network of LLaMA's family, run by `Llama`.
 
     Callers in several threads share passes: whoever waits for a row takes the next step for all, in turn one of
@@ -32,7 +32,7 @@ class NativeModel(TransformersModel):
     smaller one, and `info` another: `recovering.py`.
 
     Args:
-        network: One that `llama.runs` accepts.
+        network: One that `llama.runs` accepts. It is not kept, so that its weights are in memory once.
         tokenizer: The model's.
         info: What the model is.
         batch_size: Rows that a decode step computes.
@@ -47,7 +47,7 @@ class NativeModel(TransformersModel):
         batch_size: int = 32,
         memory_share: float = 0.9,
     ) -> None:
-        super().__init__(network, tokenizer, info, batch_size, memory_share)
+        super().__init__(network, tokenizer, info, batch_size)
         shape = first_shape(self._device, batch_size)
         with torch.no_grad():
             self._llama: Llama | None = Llama(network)
@@ -123,7 +123,7 @@ class NativeModel(TransformersModel):
                 self._runner.close()
                 self._searcher.close()
                 del self._memory, self._runner, self._searcher
-        super().close()
+        self._give_back()
 
     def _changed(self, shape: Shape) -> None:
         """Drop what passes of another shape have left, since bits depend on it."""

@@ -1,11 +1,9 @@
 """`LanguageModel` on transformers, the default: LLaMA-like decoders of its library, PEFT adapters beside them."""
 
-import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -16,18 +14,19 @@ from transformers.cache_utils import Cache
 
 from alpaca_core.engines.batching import Job, batches, shorten
 from alpaca_core.engines.decoding import Decoding, Reply
+from alpaca_core.engines.engine import Engine
 from alpaca_core.engines.heads import split
 from alpaca_core.engines.recovering import persevere, ran_out, too_large
 from alpaca_core.engines.scoring import score
 from alpaca_core.errors import InvalidRequest, RowRejected
-from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
+from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.tokenizer import Tokenizer
 
 _Row = TypeVar("_Row", GenerateRow, ScoreRow)
 _Outcome = TypeVar("_Outcome")
 
 
-class TransformersModel:
+class TransformersModel(Engine):
     """A loaded network that generates and scores.
 
     Several threads may use it at once: choosing an adapter, which PEFT does for the whole network, and the
@@ -51,23 +50,12 @@ class TransformersModel:
         batch_size: int = 32,
         memory_share: float = 0.9,
     ) -> None:
-        self.info = info
-        self.tokenizer = tokenizer
-        self._batch_size = batch_size
+        super().__init__(network, tokenizer, info, batch_size)
         self._network: Any = network.eval()
         plain: Any = network.get_base_model() if isinstance(network, PeftModel) else network
         parts: tuple[Any, Any] = split(plain)
         self._body, self._head = parts
-        self._adapted = isinstance(network, PeftModel)
-        names = network.peft_config if isinstance(network, PeftModel) else ()
-        self._peft_names = dict(zip((adapter.name for adapter in info.adapters), names, strict=False))
         self._active: str | None = ""  # no adapter has this name
-        self._lock = Lock()
-        embedding: Any = network.get_input_embeddings()
-        # accelerate leaves offloaded weights on "meta", and its hook knows where they are computed
-        hook = getattr(embedding, "_hf_hook", None)
-        self._device = torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
-        self._dtype: torch.dtype = embedding.weight.dtype
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
         """Generate one response for each row; each comes out as soon as it has ended."""
@@ -137,32 +125,7 @@ class TransformersModel:
         """Free the memory of the weights. Iterators that are still open raise at their next step."""
         with self._lock:
             self._network = self._body = self._head = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _check(self, row: _Row, new_tokens: int, setting: str, continuation: Sequence[int] = ()) -> None:
-        """Refuse what the network would fail on, or answer wrongly; an id out of range ends a CUDA context."""
-        if not row.prompt_ids:
-            raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
-        check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
-        vocab = self.info.vocab_size
-        for tokens in (row.prompt_ids, continuation):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
-                strange = next(token for token in tokens if not 0 <= token < vocab)
-                raise RowRejected(
-                    "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange}. Check the id."
-                )
-        if row.adapter is None and self.info.adapters and not self._adapted:
-            raise RowRejected(
-                "unknown_adapter",
-                "a row asks for the bare base, but the adapter is merged into it. Load with merge_adapter=False.",
-            )
-
-    def _adapter(self, row: GenerateRow | ScoreRow) -> str | None:
-        """The PEFT name of what the row asks for; None is the bare base."""
-        found = self.info.adapter(row.adapter)
-        return self._peft_names.get(found.name) if found else None
+        self._give_back()
 
     def _chosen(self, row: GenerateRow | ScoreRow) -> "_Chosen":
         return _Chosen(self, self._adapter(row))
@@ -200,19 +163,6 @@ class TransformersModel:
             self._network.base_model.enable_adapter_layers()
             self._network.set_adapter(adapter, inference_mode=True)
         self._active = adapter
-
-    def _completion(self, row: GenerateRow, outcome: Reply | RowRejected) -> Completion | RowError:
-        if isinstance(outcome, RowRejected):
-            return RowError.of(outcome)
-        tokens = tuple(token for token in outcome.token_ids if not self.tokenizer.is_special(token))
-        return Completion(
-            text=self.tokenizer.decode(tokens),
-            token_ids=tokens,
-            finish_reason="stop" if outcome.stopped else "length",
-            prompt_tokens=len(row.prompt_ids),
-            completion_tokens=len(tokens),
-            shape=outcome.shape,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,12 @@
 """Our own forward pass: the same bits in any company, shared prompts, long texts, short memory, failures."""
 
+import gc
 import json
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,19 @@ def test_threads_share_steps_and_a_cancelled_caller_takes_only_its_own_rows(
     for place in range(4):
         assert found[place] == expected[place::4]
     assert not model._memory.pages.in_use
+
+
+def test_the_network_that_was_loaded_is_not_kept(
+    make_native: Callable[..., NativeModel], make_network: Callable[..., Any]
+) -> None:
+    network = make_network(max_position_embeddings=1024)
+    weights = [weakref.ref(layer.mlp.up_proj) for layer in network.model.layers]
+    model = make_native(network=network)
+    expected = results(model, texts(3))
+    del network
+    gc.collect()
+    assert not any(weight() for weight in weights)
+    assert results(model, texts(3)) == expected
 
 
 def test_what_is_no_plain_llama_is_left_to_transformers(make_network: Callable[..., Any]) -> None:

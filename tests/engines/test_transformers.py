@@ -200,7 +200,7 @@ def test_a_quantized_network_with_a_lora_scores_as_it_does_token_by_token(
         rows = [ScoreRow(prompt, TRIE, adapter) for prompt in PROMPTS]
         found = dict(model.loglikelihood(rows))
         for place, row in enumerate(rows):
-            model._choose(adapter)
+            (adapted.enable_adapter_layers if adapter else adapted.disable_adapter_layers)()
             paths = [(), (), (6,), (6,), (6, 8)]
             for path, token, mine in zip(paths, TRIE.tokens, found[place], strict=True):
                 with torch.no_grad():

@@ -1,0 +1,86 @@
+"""What engines have in common: the rows that they refuse, the names of adapters, and completions."""
+
+import gc
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from alpaca_core.engines.decoding import Reply
+from alpaca_core.errors import RowRejected
+from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
+from alpaca_core.tokenizer import Tokenizer
+
+
+class Engine:
+    """Of a `LanguageModel`, all but its two primitives. It holds no weights.
+
+    Args:
+        network: A causal LM, or the `PeftModel` around it with the adapters that `info` names, in their order.
+        tokenizer: The model's.
+        info: What the model is.
+        batch_size: Sequences computed together.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._adapted = isinstance(network, PeftModel)
+        names = network.peft_config if isinstance(network, PeftModel) else ()
+        self._peft_names = dict(zip((adapter.name for adapter in info.adapters), names, strict=False))
+        self._lock = Lock()
+        embedding: Any = network.get_input_embeddings()
+        # accelerate leaves offloaded weights on "meta", and its hook knows where they are computed
+        hook = getattr(embedding, "_hf_hook", None)
+        self._device = torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
+        self._dtype: torch.dtype = embedding.weight.dtype
+
+    def _check(
+        self, row: GenerateRow | ScoreRow, new_tokens: int, setting: str, continuation: Sequence[int] = ()
+    ) -> None:
+        """Refuse what the network would fail on, or answer wrongly; an id out of range ends a CUDA context."""
+        if not row.prompt_ids:
+            raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
+        check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
+        vocab = self.info.vocab_size
+        for tokens in (row.prompt_ids, continuation):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+                strange = next(token for token in tokens if not 0 <= token < vocab)
+                raise RowRejected(
+                    "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange}. Check the id."
+                )
+        if row.adapter is None and self.info.adapters and not self._adapted:
+            raise RowRejected(
+                "unknown_adapter",
+                "a row asks for the bare base, but the adapter is merged into it. Load with merge_adapter=False.",
+            )
+
+    def _adapter(self, row: GenerateRow | ScoreRow) -> str | None:
+        """The PEFT name of what the row asks for; None is the bare base."""
+        found = self.info.adapter(row.adapter)
+        return self._peft_names.get(found.name) if found else None
+
+    def _completion(self, row: GenerateRow, outcome: Reply | RowRejected) -> Completion | RowError:
+        if isinstance(outcome, RowRejected):
+            return RowError.of(outcome)
+        tokens = tuple(token for token in outcome.token_ids if not self.tokenizer.is_special(token))
+        return Completion(
+            text=self.tokenizer.decode(tokens),
+            token_ids=tokens,
+            finish_reason="stop" if outcome.stopped else "length",
+            prompt_tokens=len(row.prompt_ids),
+            completion_tokens=len(tokens),
+            shape=outcome.shape,
+        )
+
+    def _give_back(self) -> None:
+        """Give memory back that nobody holds."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
