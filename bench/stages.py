@@ -126,6 +126,7 @@ def _of_the_notebook(run: Any, loaded: Loaded) -> dict[str, Any]:
 
 def ready(run: Any) -> None:
     """Start processes; the first warms the page cache, and on a GPU ours comes again, to find what is compiled."""
+    run.__dict__.pop("_notebook", None)
     run.unload()
     run.figures.put("sections", "ready", "unit", "s")
     specs = {"plain": run.spec, "int8 + LoRA": run.adapted(quantization="int8")}

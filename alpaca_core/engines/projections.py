@@ -13,7 +13,7 @@ _LEAST_INT8 = 32
 
 
 class _Weights(Protocol):
-    """``(N, in)`` to ``(N, out)``; with a target the result is added to it, in place."""
+    """``(N, in)`` to ``(N, out)``; with a target the sum of both, for which the target may be written."""
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor: ...
 
@@ -36,25 +36,28 @@ class _Dense:
 
 
 class _Packed:
-    """A float32 matrix on a CPU in the order in which MKL reads it.
+    """A float32 matrix on a CPU in the order in which oneDNN reads it, as torch.compile packs it when it freezes.
 
-    MKL brings a matrix into that order at each product; done once, products of 16 rows are twice as fast. And a row's
-    sums are the same in products of 8 rows and any number more, which those of `_Dense` are not.
+    A product of few rows takes longest over bringing the matrix into that order, which is done once here. And a row's
+    sums are the same in products of any number of rows but one, which those of `_Dense` are not.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), 16)  # rows: of no matter
-        self._shape = weight.new_empty(1).expand(weight.shape)  # all that is read of it
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)  # rows: of no matter
         self._bias = bias
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        y: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, self._shape, self._bias, len(x))
-        return y if add_to is None else add_to.add_(y)
+        run = torch.ops.mkldnn._linear_pointwise
+        if add_to is None:
+            y: Tensor = run(x, self._packed, self._bias, "none", [], "")
+            return y
+        y = run.binary(x, add_to, self._packed, self._bias, "add")
+        return y
 
 
 def _product(weight: Tensor, bias: Tensor | None = None) -> _Weights:
-    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
-    return (_Packed if packs and hasattr(torch.ops.mkl, "_mkl_linear") else _Dense)(weight, bias)
+    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return (_Packed if packs and hasattr(torch.ops.mkldnn, "_linear_pointwise") else _Dense)(weight, bias)
 
 
 def _plain(layers: Sequence[nn.Linear]) -> _Weights:
@@ -140,7 +143,7 @@ class Projection:
     """One or more linear layers of the same input, as one product where their weights allow it.
 
     A row's sums come out the same at every place of a product of a fixed number of rows; with float32 on a CPU that
-    has MKL, of any multiple of 16. Which numbers come is the caller's promise.
+    has oneDNN, of any multiple of 16. Which numbers come is the caller's promise.
 
     Args:
         modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
@@ -157,7 +160,7 @@ class Projection:
         self._lora = _beside(modules, names)
 
     def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
-        """Project ``(N, in)`` to ``(N, out)``; with `add_to` the result is added to that tensor, in place.
+        """Project ``(N, in)`` to ``(N, out)``; with `add_to` the sum of that tensor, which may be written, and the result.
 
         Args:
             x: The input.

@@ -194,13 +194,14 @@ def test_a_quantized_network_with_a_lora_scores_as_it_does_token_by_token(
     quantized = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(**bits), device_map="cpu", dtype=torch.float32
     )
-    adapted = add_adapters(quantized)
+    adapted = add_adapters(quantized).eval()
     model = make_model(adapted, ["default"])
     for adapter in ("default", None):
         rows = [ScoreRow(prompt, TRIE, adapter) for prompt in PROMPTS]
         found = dict(model.loglikelihood(rows))
         for place, row in enumerate(rows):
-            (adapted.enable_adapter_layers if adapter else adapted.disable_adapter_layers)()
+            layers = adapted.base_model
+            (layers.enable_adapter_layers if adapter else layers.disable_adapter_layers)()
             paths = [(), (), (6,), (6,), (6, 8)]
             for path, token, mine in zip(paths, TRIE.tokens, found[place], strict=True):
                 with torch.no_grad():
