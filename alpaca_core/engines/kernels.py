@@ -168,15 +168,13 @@ def step(
     group, parts = heads // kv, triton.cdiv(longest, _SEGMENT)
     lanes = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     out = qkv.new_empty(rows, heads * width)
-    whole = parts == 1
-    sums = out if whole else torch.empty(rows, heads, parts, width, device=qkv.device)
-    norms = None if whole else torch.empty(rows, heads, parts, 2, device=qkv.device)
+    sums = torch.empty(rows, heads, parts, width, device=qkv.device)
+    norms = torch.empty(rows, heads, parts, 2, device=qkv.device)
     _step[(rows, kv, parts)](
         qkv, sums, norms, keys, values, *keys.stride()[:3], cos, sin, lengths, table, table.stride(0),
-        width**-0.5 * _LOG2_E, parts, heads, kv, width, TILE, 2 * TILE, _SEGMENT, group, lanes, whole, num_warps=2,
+        width**-0.5 * _LOG2_E, parts, heads, kv, width, TILE, 2 * TILE, _SEGMENT, group, lanes, num_warps=2,
     )  # fmt: skip
-    if not whole:
-        _join[(rows, heads)](sums, norms, out, lengths, parts, heads, width, _SEGMENT, num_warps=1)
+    _join[(rows, heads)](sums, norms, out, lengths, parts, heads, width, _SEGMENT, num_warps=1)
     return out
 
 
@@ -184,10 +182,11 @@ def step(
 def _step(qkv_ptr, sum_ptr, norm_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, cos_ptr, sin_ptr,
           length_ptr, table_ptr, table_step, scale, PARTS, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
           PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr,
-          LANES: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+          LANES: tl.constexpr):  # fmt: skip
     """One program a row, key head and segment of the row; the first one stores the new key and value.
 
-    What it finds is the row's result where rows are `WHOLE` in one segment, and else a part for `_join`.
+    The number of segments is no constant, and `_join` runs for one segment, too: a kernel that is compiled otherwise
+    where all rows are short gave such rows other bits.
     """
     row, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(length_ptr + row)
@@ -238,12 +237,9 @@ def _step(qkv_ptr, sum_ptr, norm_ptr, keys_ptr, values_ptr, page_step, token_ste
             score = tl.where(seen[None], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
             most, total, acc = _weigh(score, v, most, total, acc)
     place = (row * HEADS + head) * PARTS + part
-    if WHOLE:
-        acc = acc / total[:, None]
-    else:
-        tl.store(norm_ptr + place * 2, most, lane < GROUP)
-        tl.store(norm_ptr + place * 2 + 1, total, lane < GROUP)
-    tl.store(sum_ptr + place[:, None] * D + at[None], acc.to(sum_ptr.dtype.element_ty), good)
+    tl.store(sum_ptr + place[:, None] * D + at[None], acc, good)
+    tl.store(norm_ptr + place * 2, most, lane < GROUP)
+    tl.store(norm_ptr + place * 2 + 1, total, lane < GROUP)
 
 
 @triton.jit(do_not_specialize=["PARTS"])

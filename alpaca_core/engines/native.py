@@ -1,4 +1,4 @@
-"""`LanguageModel` on our own forward pass: on a GPU a row's result is the same in any company, bit for bit."""
+"""`LanguageModel` on our own forward pass: a row's result is the same in any company, bit for bit."""
 
 from collections.abc import Iterator, Sequence
 

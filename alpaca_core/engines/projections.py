@@ -160,12 +160,12 @@ class Projection:
         self._lora = _beside(modules, names)
 
     def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
-        """Project ``(N, in)`` to ``(N, out)``; with `add_to` the sum of that tensor, which may be written, and the result.
+        """Project ``(N, in)`` to ``(N, out)``.
 
         Args:
             x: The input.
             adapters: Number of each row's adapter, -1 for none.
-            add_to: What the result is added to.
+            add_to: What the result is added to; it may be written.
         """
         y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)

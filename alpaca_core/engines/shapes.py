@@ -21,7 +21,7 @@ class Shape:
         slots: Rows that a decode step computes.
         tokens: Tokens that a pass over tiles reads at most.
         fixed: Whether passes are filled up to these numbers. If not, they are to a multiple of 16, with which
-            small networks give the same bits on a CPU; large layers do not: docs/performance.md.
+            a row has the same bits for any number: `Llama.steady`.
     """
 
     slots: int
