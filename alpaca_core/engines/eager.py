@@ -136,7 +136,10 @@ def _rotated(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) 
     kv, width = keys.shape[2:]
     both, v = qkv.view(len(qkv), -1, width).split([heads + kv, kv], 1)
     first, second = both.float().chunk(2, -1)
-    turned = torch.cat([first * plan.cos - second * plan.sin, second * plan.cos + first * plan.sin], -1)
+    turned = torch.empty(both.shape, device=qkv.device)
+    left, right = turned.chunk(2, -1)
+    torch.mul(first, plan.cos, out=left).addcmul_(second, plan.sin, value=-1)
+    torch.mul(second, plan.cos, out=right).addcmul_(first, plan.sin)
     q, k = turned.to(qkv.dtype).split([heads, kv], 1)
     keys[plan.page, plan.offset] = k
     values[plan.page, plan.offset] = v

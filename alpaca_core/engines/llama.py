@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from alpaca_core.engines import eager
 from alpaca_core.engines.packing import TILE, Packed
-from alpaca_core.engines.projections import Projection
+from alpaca_core.engines.projections import Gate, Projection, is_steady
 
 _FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
 _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -58,13 +58,13 @@ def _names(network: PreTrainedModel | PeftModel) -> list[str]:
 class _Layer:
     """Weights of one layer."""
 
-    def __init__(self, layer: Any, names: list[str]) -> None:
+    def __init__(self, layer: Any, names: list[str], operations: ModuleType) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before_attention: Tensor = layer.input_layernorm.weight
         self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names)
         self.out = Projection([attention.o_proj], names)
         self.before_mlp: Tensor = layer.post_attention_layernorm.weight
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], names)
+        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul)
         self.down = Projection([mlp.down_proj], names)
 
 
@@ -91,18 +91,22 @@ class Llama:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.norm: Tensor = body.norm.weight
         self.head = Projection([base.lm_head])
-        self.layers = [_Layer(layer, names) for layer in body.layers]
+        self.operations: ModuleType = _operations(self.device)
+        self.layers = [_Layer(layer, names, self.operations) for layer in body.layers]
         # transformers' own module, so that scaled positions are scaled as the family does it
         places = torch.arange(config.max_position_embeddings, device=self.device)
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
-        self.operations: ModuleType = _operations(self.device)
 
     def steady(self) -> bool:
         """Try on a CPU whether products give a row the same bits for any multiple of 16 rows."""
-        first = self.layers[0]
-        products = (first.qkv, first.out, first.gate_up, first.down, self.head)
-        return all(product.steady(self.dtype) for product in products)
+        first, wide = self.layers[0], self.embedding.shape[1]
+        attended = self.heads * self.width
+        between = first.gate(torch.zeros(16, wide, dtype=self.dtype), torch.full((16,), 0)).shape[1]
+        products: list[tuple[Projection | Gate, int]] = [
+            (first.qkv, wide), (first.out, attended), (first.gate, wide), (first.down, between), (self.head, wide)
+        ]  # fmt: skip
+        return all(is_steady(run, inner, self.dtype) for run, inner in products)
 
     def new_cache(self, pages: int) -> Tensor:
         """Make a cache, ``(layers, keys and values, pages, 32, key heads, width)``."""
@@ -165,8 +169,8 @@ class Llama:
     def _rest(self, layer: _Layer, x: Tensor, attended: Tensor, adapters: Tensor) -> Tensor:
         """What follows attention in a layer; `x` is written."""
         x = layer.out(attended, adapters, add_to=x)
-        both = layer.gate_up(self.operations.norm(x, layer.before_mlp, self.eps), adapters)
-        return layer.down(self.operations.silu_mul(both), adapters, add_to=x)
+        inner = layer.gate(self.operations.norm(x, layer.before_mlp, self.eps), adapters)
+        return layer.down(inner, adapters, add_to=x)
 
 
 def _operations(device: torch.device) -> ModuleType:

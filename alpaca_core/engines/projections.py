@@ -1,6 +1,6 @@
 """Matrix products of the forward pass: dense or quantized weights, and LoRA beside them, chosen per row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,9 +55,26 @@ class _Packed:
         return y
 
 
+class _PackedGate:
+    """SiLU of one product times another, of two packed matrices, each step as part of its product."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear) -> None:
+        self._gate, self._up = _Packed(gate.weight, gate.bias), _Packed(up.weight, up.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._gate, self._up
+        open_ = torch.ops.mkldnn._linear_pointwise(x, gate._packed, gate._bias, "swish", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, open_, up._packed, up._bias, "mul")
+        return y
+
+
 def _product(weight: Tensor, bias: Tensor | None = None) -> _Weights:
-    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return (_Packed if packs and hasattr(torch.ops.mkldnn, "_linear_pointwise") else _Dense)(weight, bias)
+    return (_Packed if _packs(weight) else _Dense)(weight, bias)
+
+
+def _packs(weight: Tensor) -> bool:
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _plain(layers: Sequence[nn.Linear]) -> _Weights:
@@ -156,7 +173,6 @@ class Projection:
         on_gpu = bases[0].weight.device.type == "cuda"
         make = _plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
         self._weights: _Weights = make(bases)
-        self._inner: int = modules[0].in_features
         self._lora = _beside(modules, names)
 
     def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
@@ -170,12 +186,36 @@ class Projection:
         y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
 
-    def steady(self, dtype: torch.dtype) -> bool:
-        """Try on a CPU whether a row's sums are the same in products of 16 rows and of others."""
-        x = torch.randn(256, self._inner, generator=torch.Generator().manual_seed(0)).to(dtype)
-        none = torch.full((256,), 0)
-        few = self(x[:16], none[:16])
-        return all(torch.equal(few, self(x[:rows], none[:rows])[:16]) for rows in (32, 48, 64, 128, 256))
+
+class Gate:
+    """The gate of an MLP: SiLU of one layer's output, times another layer's.
+
+    Args:
+        gate: As `Projection` takes it.
+        up: Likewise.
+        names: PEFT's names of the adapters, by their number.
+        silu_mul: SiLU of the first half of each row, times the second half.
+    """
+
+    def __init__(self, gate: Any, up: Any, names: Sequence[str], silu_mul: Callable[[Tensor], Tensor]) -> None:
+        self._silu_mul = silu_mul
+        self._fused: _PackedGate | None = None
+        if all(type(layer) is nn.Linear and _packs(layer.weight) for layer in (gate, up)):
+            self._fused = _PackedGate(gate, up)
+        else:
+            self._both = Projection([gate, up], names)
+
+    def __call__(self, x: Tensor, adapters: Tensor) -> Tensor:
+        """From ``(N, in)`` to ``(N, out)``; `adapters` has the number of each row's, -1 for none."""
+        return self._fused(x) if self._fused else self._silu_mul(self._both(x, adapters))
+
+
+def is_steady(run: Callable[[Tensor, Tensor], Tensor], inner: int, dtype: torch.dtype) -> bool:
+    """Try on a CPU whether a row of ``(N, inner)`` has the same results among 16 rows and among others."""
+    x = torch.randn(256, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+    none = torch.full((256,), 0)
+    few = run(x[:16], none[:16])
+    return all(torch.equal(few, run(x[:rows], none[:rows])[:16]) for rows in (32, 48, 64, 128, 256))
 
 
 def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:

@@ -1,6 +1,7 @@
 """The verbs on a real model, the embedded one, against its own network used the slow way."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from alpaca_core import (
     Answer,
     Completion,
+    ModelSpec,
     RowError,
     Sampling,
     answer,
@@ -19,6 +21,7 @@ from alpaca_core import (
     show_tokens,
     verify,
 )
+from alpaca_core.engines.weights import load_weights
 from alpaca_core.labels import as_labels, find_spellings
 from alpaca_core.model import LanguageModel
 from alpaca_core.prompts import template_of, with_labels
@@ -28,13 +31,20 @@ QUESTION = "Is looking at the logits of answers a good way to ask a language mod
 TOPICS = ["World news", "Sports", "Business", "Not sure"]
 
 
-def log_probabilities(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def network() -> Any:
+    """The embedded model as transformers runs it; the engine keeps none."""
+    return load_weights(ModelSpec(device="cpu")).network
+
+
+def log_probabilities(network: Any, ids: list[int]) -> torch.Tensor:
     """log P of every next token after `ids`, from one plain call of the network."""
     with torch.inference_mode():
-        return model._network(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        found: torch.Tensor = network(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+        return found
 
 
-def test_a_judgment_equals_the_sum_over_its_spellings_token_by_token(embedded: LanguageModel) -> None:
+def test_a_judgment_equals_the_sum_over_its_spellings_token_by_token(embedded: LanguageModel, network: Any) -> None:
     text = "The central bank left interest rates where they were."
     judgment = judge(embedded, [text], TOPICS, instruction="Which topic is this?")[0]
     labels = as_labels(TOPICS)
@@ -46,7 +56,7 @@ def test_a_judgment_equals_the_sum_over_its_spellings_token_by_token(embedded: L
         total = 0.0
         for cut, token in enumerate(sequence):
             if sequence[:cut] not in known:
-                known[sequence[:cut]] = log_probabilities(embedded, [*prompt.ids, *sequence[:cut]])
+                known[sequence[:cut]] = log_probabilities(network, [*prompt.ids, *sequence[:cut]])
             total += float(known[sequence[:cut]][token])
         return total
 
@@ -71,9 +81,9 @@ def test_the_notebooks_last_chapter(embedded: LanguageModel) -> None:
     assert judgment.probabilities["Yes"] * judgment.coverage == pytest.approx(single, rel=0.2)
 
 
-def test_greedy_text_is_that_of_transformers(embedded: LanguageModel) -> None:
+def test_greedy_text_is_that_of_transformers(embedded: LanguageModel, network: Any) -> None:
     ids = list(template_of(embedded, None).encode("Name three colours of alpacas.").ids)
-    expected = embedded._network.generate(
+    expected = network.generate(
         torch.tensor([ids]),
         max_new_tokens=24,
         do_sample=False,
@@ -95,7 +105,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(embedded: LanguageModel) -> No
     assert together == backwards == alone
     judged = judge(embedded, prompts)
     for prompt, judgment in zip(prompts, judged, strict=True):
-        assert judge(embedded, [prompt])[0].probabilities == pytest.approx(judgment.probabilities, abs=1e-4)
+        assert judge(embedded, [prompt])[0].probabilities == judgment.probabilities
 
 
 def test_other_seeds_and_samples_differ_and_the_same_ones_repeat(embedded: LanguageModel) -> None:
