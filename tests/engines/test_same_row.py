@@ -7,7 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,15 @@ def results(model: NativeModel, rows: Sequence[tuple[int, ...]]) -> list[Any]:
     return [(said[place].token_ids, scored[place]) for place in range(len(rows))]  # type: ignore[union-attr]
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[NativeModel]:
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def two_threads(one_thread: None) -> None:
+    """The first results are those of whatever number of threads there is; it changes none."""
     torch.set_num_threads(2)
-    yield make_model()
-    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> NativeModel:
+    return make_model()
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ def test_scores_equal_a_token_by_token_loop(
 def test_random_tries_score_as_their_nodes_do_one_by_one(
     make_network: Callable[..., Any],
     make_model: Callable[..., Any],
+    make_transformers: Callable[..., Any],
     shapes: list[tuple[list[int], list[list[int]]]],
     batch_size: int,
     width: int,
@@ -80,7 +81,8 @@ def test_random_tries_score_as_their_nodes_do_one_by_one(
     expected = [token_by_token(network, row) for row in rows]
     model = make_model(network, batch_size=batch_size)
     close(dict(model.loglikelihood(rows)), expected)
-    in_parts = score(model._chosen(rows[0]), rows, torch.device("cpu"), width, most_logits)
+    chosen = make_transformers(network)._chosen(rows[0])
+    in_parts = score(chosen, rows, torch.device("cpu"), width, most_logits)
     close(dict(enumerate(in_parts)), expected)
 
 
@@ -130,7 +132,7 @@ def test_there_is_one_forward_pass_without_inner_nodes_and_two_with_them(
 
 
 def test_a_pass_reads_whole_branches_on_their_prompt_alone_and_few_logits_are_held(
-    make_network: Callable[..., Any], make_model: Callable[..., Any]
+    make_network: Callable[..., Any], make_transformers: Callable[..., Any]
 ) -> None:
     network = make_network(VOCAB)
     branches = [[token, token + 1, token + 2, 0] for token in (1, 4, 7)] + [[token, 9] for token in range(20, 27)]
@@ -143,7 +145,7 @@ def test_a_pass_reads_whole_branches_on_their_prompt_alone_and_few_logits_are_he
         with_kwargs=True,
     )
     network.lm_head.register_forward_hook(lambda _, args, output: heads.append(output.numel()))
-    found = score(make_model(network)._chosen(rows[0]), rows, torch.device("cpu"), 6, VOCAB * 8)
+    found = score(make_transformers(network)._chosen(rows[0]), rows, torch.device("cpu"), 6, VOCAB * 8)
     assert read == [(5, 5), (6, 11), (6, 11), (4, 9)]
     assert max(heads) == VOCAB * 8
     close(dict(enumerate(found)), [expected] * 2)
