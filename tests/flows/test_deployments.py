@@ -48,12 +48,11 @@ def running(*command: str, cwd: Path, environment: dict[str, str], log: Path) ->
             yield
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def prefect(*arguments: str, environment: dict[str, str]) -> str:
