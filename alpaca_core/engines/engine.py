@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -78,6 +79,10 @@ class Engine:
             completion_tokens=len(tokens),
             shape=outcome.shape,
         )
+
+    def _at_device(self) -> AbstractContextManager[object]:
+        """Make the model's GPU the one that streams, events and kernels are of."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _give_back(self) -> None:
         """Give memory back that nobody holds."""

@@ -64,13 +64,17 @@ class Stepper:
 
         They write what the captured step will write, so they do no harm.
         """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(stream)
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._run(size)
-        torch.cuda.current_stream().wait_stream(side)
+        stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._run(size)
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._run(size)
+        except BaseException:
+            torch.cuda.set_stream(stream)  # a capture that cannot even end leaves its own
+            raise
         return graph, logits

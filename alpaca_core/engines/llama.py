@@ -106,7 +106,13 @@ class Llama:
         products: list[tuple[Projection | Gate, int]] = [
             (first.qkv, wide), (first.out, attended), (first.gate, wide), (first.down, between), (self.head, wide)
         ]  # fmt: skip
-        return all(is_steady(run, inner, self.dtype) for run, inner in products)
+        return all(is_steady(run, inner, self.dtype, 256 if run is self.head else 1024) for run, inner in products)
+
+    @property
+    def page_bytes(self) -> int:
+        """What a page of the cache takes, in all layers."""
+        numbers: int = 2 * len(self.layers) * TILE * self.kv_heads * self.width
+        return numbers * int(self.dtype.itemsize)
 
     def new_cache(self, pages: int) -> Tensor:
         """Make a cache, ``(layers, keys and values, pages, 32, key heads, width)``."""

@@ -35,16 +35,18 @@ class Memory:
         self._limit: int | None = None
         self._crowded = False  # there was no memory for a second cache beside this one
 
-    def take(self, adapter: int, prompt: Sequence[int], size: int) -> tuple[list[int], int] | None:
+    def take(
+        self, adapter: int, prompt: Sequence[int], size: int, kept: int | None = None
+    ) -> tuple[list[int], int] | None:
         """Take the pages of a row, as `Pages.take` does; None where rows have to end first.
 
         Raises:
             RowRejected: If the memory is too small for this row, however few others there are.
         """
         needed = -(-size // TILE)
-        taken = self.pages.take(str(adapter), prompt, size)
+        taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and self._grow(self.pages.count + needed, 1 + needed):
-            taken = self.pages.take(str(adapter), prompt, size)
+            taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and (needed >= self._most() or not self.pages.in_use):
             raise too_large(size, self._llama.device)
         return taken
@@ -89,7 +91,10 @@ class Memory:
         if larger is not None and held:
             larger[:, :, : self.pages.count] = self.cache
         elif larger is None and not held:
-            self.cache = self._llama.new_cache(self.pages.count)
+            again = self._made(self.pages.count)
+            if again is None:  # somebody else has taken the memory
+                self.pages, again = Pages(1), self._llama.new_cache(1)
+            self.cache = again
             self.version += 1
         if larger is None:
             return False
@@ -110,8 +115,6 @@ class Memory:
     def _most(self) -> int:
         """Pages that fit into the share."""
         if self._limit is None:
-            page = self._llama.new_cache(1)
-            held = self.cache.numel() * self.cache.element_size()
-            left = room(self._llama.device, self._share) + held
-            self._limit = max(1, int(_SHARE * left / (page.numel() * page.element_size())))
+            left = room(self._llama.device, self._share) + self.pages.count * self._llama.page_bytes
+            self._limit = max(1, int(_SHARE * left / self._llama.page_bytes))
         return self._limit

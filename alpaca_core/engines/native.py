@@ -49,7 +49,7 @@ class NativeModel(Engine):
     ) -> None:
         super().__init__(network, tokenizer, info, batch_size)
         shape = first_shape(self._device, batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), self._at_device():
             self._llama: Llama | None = Llama(network)
             self._memory = Memory(self._llama, memory_share)
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
@@ -79,7 +79,7 @@ class NativeModel(Engine):
         try:
             while request.left or request.ended:
                 for worker in (runner, searcher):
-                    with self._lock:
+                    with self._lock, self._at_device():
                         self._open()
                         if not request.ended:
                             self._recovery.advance(worker)
@@ -105,7 +105,7 @@ class NativeModel(Engine):
         reader = Reader(self._llama, self._memory, self._recovery.shape, ready)
         try:
             while not reader.done:
-                with self._lock:
+                with self._lock, self._at_device():
                     self._open()
                     ended = self._recovery.advance(reader)
                 for index, outcome in ended or ():

@@ -55,13 +55,17 @@ class Pages:
             count += TILE
         return count
 
-    def take(self, root: str, prompt: Sequence[int], size: int) -> tuple[list[int], int] | None:
+    def take(
+        self, root: str, prompt: Sequence[int], size: int, kept: int | None = None
+    ) -> tuple[list[int], int] | None:
         """Take the pages of a row: known ones for its beginning, others for the rest.
 
         Args:
             root: What else the contents depend on: the adapter.
             prompt: The row's prompt. Its last token is always left to be computed.
             size: Tokens that the row will hold at most.
+            kept: Tokens of the prompt that others may find, once it has been read; None are all. The caller reads
+                them before anyone else can take pages.
 
         Returns:
             Pages, and how many tokens of the prompt they hold already; None where too few are left.
@@ -75,7 +79,7 @@ class Pages:
             self.release(known)
             return None
         pages = known + [self._new() for _ in range(fresh)]
-        for key, page in zip(keys, pages, strict=False):
+        for key, page in zip(keys[: None if kept is None else kept // TILE], pages, strict=False):
             if key not in self._by_key:
                 self._by_key[key], self._keys[page] = page, key
         return pages, len(known) * TILE

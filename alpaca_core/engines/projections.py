@@ -210,12 +210,13 @@ class Gate:
         return self._fused(x) if self._fused else self._silu_mul(self._both(x, adapters))
 
 
-def is_steady(run: Callable[[Tensor, Tensor], Tensor], inner: int, dtype: torch.dtype) -> bool:
-    """Try on a CPU whether a row of ``(N, inner)`` has the same results among 16 rows and among others."""
-    x = torch.randn(256, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
-    none = torch.full((256,), 0)
+def is_steady(run: Callable[[Tensor, Tensor], Tensor], inner: int, dtype: torch.dtype, most: int) -> bool:
+    """Try on a CPU whether a row of ``(N, inner)`` has the same results among 16 rows and among up to `most`."""
+    x = torch.randn(most, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+    none = torch.full((most,), 0)
     few = run(x[:16], none[:16])
-    return all(torch.equal(few, run(x[:rows], none[:rows])[:16]) for rows in (32, 48, 64, 128, 256))
+    tried = [rows for rows in (32, 48, 64, 128, 256, 1024) if rows <= most]
+    return all(torch.equal(few, run(x[:rows], none[:rows])[:16]) for rows in tried)
 
 
 def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:

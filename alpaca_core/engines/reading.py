@@ -229,7 +229,8 @@ class Reader:
         for path in trie.paths(inner):
             text = (*prompt, *(trie.tokens[node] for node in path))
             try:
-                taken = self._memory.take(reading.adapter, text, len(text))
+                # what is behind the prompt is read later, when others may have looked for it
+                taken = self._memory.take(reading.adapter, text, len(text), kept=len(prompt))
             except RowRejected:
                 self._memory.release(reading.pages, spoilt=True)
                 raise

@@ -111,6 +111,8 @@ class Runner:
         request.cancelled = True
         self._waiting = deque(row for row in self._waiting if row.request is not request)
         self._leave([row for row in self._rows if row and row.request is request])
+        # those whose last token is on its way have left their slots, but not their pages
+        self._leave([row for _, rows in self._behind for row in rows if row.request is request])
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -183,22 +185,21 @@ class Runner:
         next_rows = [self._waiting[place] for place in range(min(len(free), len(self._waiting)))]
         self._memory.expect([row.size for row in next_rows])
         tiles: list[tuple[Tile, _Row | None]] = []
-        while self._waiting and free:
-            row = self._waiting[0]
-            prompt = row.row.prompt_ids
-            try:
-                taken = self._memory.take(row.adapter, prompt, row.size)
-            except RowRejected as rejection:
-                self._end(self._waiting.popleft(), rejection)
-                continue
-            if taken is None:
-                break
-            self._waiting.popleft()
-            row.pages, row.slot = taken[0], free.pop(0)
-            self._rows[row.slot] = row
-            mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
-            tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
         try:
+            while self._waiting and free:
+                row = self._waiting[0]
+                prompt = row.row.prompt_ids
+                try:
+                    taken = self._memory.take(row.adapter, prompt, row.size)
+                except RowRejected as rejection:
+                    self._end(self._waiting.popleft(), rejection)
+                    continue
+                if taken is None:
+                    break
+                row.pages, row.slot = taken[0], free.pop(0)
+                self._rows[row.slot] = self._waiting.popleft()
+                mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
+                tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
             for batch in self.shape.passes(tiles):
                 if found := persevere(partial(self._read, batch), self._llama.device):
                     self._drew(*found)

@@ -147,11 +147,16 @@ class Searcher:
         self._end(row, too_large(row.size, self._llama.device))
 
     def _retreat(self) -> bool:
-        """Take fewer rows at once, half of those that ran; False where it was one alone."""
-        begun = sorted(self._live, key=lambda row: -row.drawn)
-        self._line_up(begun[len(begun) // 2 :])
-        self._most = max(1, len(begun) // 2)
-        return len(begun) != 1
+        """Take fewer rows at once; False where it was one alone.
+
+        Rows whose prompts were to be read go back in line, or else the younger half of those that have begun.
+        """
+        unread = [row for row in self._live if not row.drawn]
+        begun = sorted((row for row in self._live if row.drawn), key=lambda row: -row.drawn)
+        most = len(begun) + len(unread) // 2 if unread else len(begun) // 2
+        self._line_up(unread or begun[most:])
+        self._most = max(1, most)
+        return most > 0 or not (unread or begun)
 
     def _line_up(self, rows: Sequence[_Row]) -> None:
         """Put rows back to the front of the line, to begin again."""
@@ -178,21 +183,21 @@ class Searcher:
             return  # a pass over prompts costs the same for one row as for many
         self._memory.expect([row.size for row in rows])
         tiles: list[tuple[Tile, _Row | None]] = []
-        for row in rows:
-            prompt = row.row.prompt_ids
-            try:
-                taken = self._memory.take(row.adapter, prompt, row.size)
-            except RowRejected as rejection:
-                self._end(self._waiting.popleft(), rejection)
-                continue
-            if taken is None:
-                break
-            self._live.append(self._waiting.popleft())
-            row.pages = taken[0]
-            row.tables = [row.pages[: -(-len(prompt) // TILE)]]
-            mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
-            tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
         try:
+            for row in rows:
+                prompt = row.row.prompt_ids
+                try:
+                    taken = self._memory.take(row.adapter, prompt, row.size)
+                except RowRejected as rejection:
+                    self._end(self._waiting.popleft(), rejection)
+                    continue
+                if taken is None:
+                    break
+                row.pages = taken[0]
+                self._live.append(self._waiting.popleft())
+                row.tables = [row.pages[: -(-len(prompt) // TILE)]]
+                mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
+                tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
             for batch in self.shape.passes(tiles):
                 read = partial(read_pass, self._llama, self._memory, self.shape, batch)
                 ends, logits = persevere(read, self._llama.device)

@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from alpaca_core.engines import llama
+from alpaca_core.engines import llama, native
 from alpaca_core.engines.llama import Llama, runs
 from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.shapes import Shape
 from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
 from alpaca_core.spec import Sampling
 
@@ -247,6 +248,43 @@ def test_threads_share_steps_and_a_cancelled_caller_takes_only_its_own_rows(
         thread.join()
     for place in range(4):
         assert found[place] == expected[place::4]
+    assert not model._memory.pages.in_use
+
+
+def test_a_prompt_that_is_another_ones_continuation_finds_no_page_that_is_not_yet_written(
+    make_native: Callable[..., NativeModel], make_network: Callable[..., Any]
+) -> None:
+    network = make_network(max_position_embeddings=1024)
+    draw = random.Random(8)
+    prompt, long = (tuple(draw.randrange(256) for _ in range(length)) for length in (40, 70))
+    rows = [
+        ScoreRow(prompt, Trie.of([long])[0]),
+        ScoreRow((*prompt, *long), TRIE),
+        ScoreRow((*prompt, *long[:30]), TRIE),
+    ]
+    expected = [dict(make_native(network=network).loglikelihood([row]))[0] for row in rows]
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        found = dict(make_native(network=network).loglikelihood([rows[place] for place in order]))
+        assert [found[place] for place in range(3)] == [expected[place] for place in order]
+    model = make_native(1, network=network)
+    closed = model.loglikelihood([ScoreRow((token,), TRIE) for token in range(40)] + rows[:1])
+    next(closed)
+    closed.close()
+    assert dict(model.loglikelihood(rows[1:])) == {0: expected[1], 1: expected[2]}
+    assert not model._memory.pages.in_use
+
+
+def test_a_caller_that_leaves_takes_the_pages_of_its_last_tokens_with_it(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "first_shape", lambda *_: Shape(8, 512, fixed=True))
+    model = make_native(8)
+    lengths = (7, 8, 50)
+    leaving = model.generate([GenerateRow((5, 6), Sampling(max_new_tokens=length)) for length in lengths])
+    next(leaving)
+    leaving.close()
+    assert not model._memory.pages.in_use
+    dict(model.generate([GenerateRow((5, 6), Sampling(max_new_tokens=3))]))
     assert not model._memory.pages.in_use
 
 

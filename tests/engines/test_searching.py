@@ -268,6 +268,25 @@ def test_a_step_that_fails_loses_no_search_and_changes_no_result(
     assert not model._memory.pages.in_use
 
 
+def test_prompts_that_cannot_be_read_together_are_read_one_after_the_other(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [GenerateRow((token, 3, 5), Sampling(num_beams=3, max_new_tokens=6)) for token in range(6)]
+    model = make_native(20)
+    expected = said(model, rows)
+    model._memory.pages.forget()
+    plain = Llama.read
+
+    def read(self: Llama, packed: Any, *args: Any, **settings: Any) -> torch.Tensor:
+        if len(packed.starts) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return plain(self, packed, *args, **settings)
+
+    monkeypatch.setattr(Llama, "read", read)
+    assert said(model, rows) == expected
+    assert not model._memory.pages.in_use
+
+
 def test_passes_shrink_until_they_fit_and_searches_say_so(
     make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
