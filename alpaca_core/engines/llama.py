@@ -75,7 +75,7 @@ class Llama:
     the number of tokens in the pass: not on its place in the pass, nor on what else the pass reads.
 
     Args:
-        network: One that `runs` accepts. It still works afterwards: its layers keep their weights, or views of fused ones.
+        network: One that `runs` accepts. Its layers keep their weights, or views of fused ones, so it still works.
     """
 
     def __init__(self, network: PreTrainedModel | PeftModel) -> None:
