@@ -4,6 +4,9 @@
     ├── InvalidRequest          the call is wrong: settings, labels, arguments (also a ValueError)
     │   └── InvalidLabels       labels that cannot be told apart, or cannot be spelt
     ├── RowRejected             one row is wrong; verbs turn it into a `RowError` in the row's place
+    ├── HostError               the host of a model cannot do it now
+    │   ├── HostBusy            its queue is full; try again later
+    │   └── HostUnavailable     it cannot be reached or started, or does not come back
     └── LoadError               the model cannot be loaded
         ├── ModelNotFound       no such folder, file or hub repository
         ├── DeviceUnavailable   the asked-for device is not on this machine
@@ -20,6 +23,9 @@ __all__ = [
     "AlpacaError",
     "DeviceUnavailable",
     "DigestMismatch",
+    "HostBusy",
+    "HostError",
+    "HostUnavailable",
     "InvalidAdapter",
     "InvalidCheckpoint",
     "InvalidLabels",
@@ -70,6 +76,18 @@ class RowRejected(AlpacaError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class HostError(AlpacaError):
+    """The host of a model cannot do now what it was asked for."""
+
+
+class HostBusy(HostError):
+    """The host's queue is full; the same call may succeed later."""
+
+
+class HostUnavailable(HostError):
+    """The host cannot be reached or started, or did not come back."""
 
 
 class LoadError(AlpacaError):

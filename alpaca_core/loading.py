@@ -1,21 +1,26 @@
 """The door to a model: from a recipe to a loaded `LanguageModel`, and what has to be done once before.
 
-torch is imported when a model is loaded, not when this module is.
+torch is imported when a model is loaded into this process, not when this module is.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alpaca_core.engines.opening import open_model
 from alpaca_core.errors import brief
+from alpaca_core.host.launcher import at_host, chosen
 from alpaca_core.model import LanguageModel
 from alpaca_core.spec import ModelSpec, TemplateName, check_kind
 
 
 @contextmanager
 def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
-    """Load a model, and free its memory at the end of the block.
+    """Load a model into this process, or use the one that a host keeps warm.
+
+    ``ALPACA_HOST`` says which: ``off`` is this process, ``auto`` this machine's host, which is started where none
+    runs, and a URL another host. Unset, a deployment's runs use the host and all else loads here. Memory in this
+    process is freed at the end of the block.
 
     Weights are read from safetensors alone, by their digest, and no code of a repository is run. The
     embedded model is unpacked once, into the cache; that takes about half a minute.
@@ -33,6 +38,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
             is no LLaMA-like decoder.
         DigestMismatch: If bytes have changed since they were prepared.
         InvalidAdapter: If an adapter was made for another base, or changes nothing.
+        HostUnavailable: If the host cannot be reached or started.
 
     Example:
         >>> with load_model(ModelSpec()) as model:
@@ -40,20 +46,9 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         8192
     """
     spec = _checked(spec)
-    started = time.perf_counter()  # importing torch is part of what a user waits for
-    from alpaca_core.engines.llama import runs
-    from alpaca_core.engines.native import NativeModel
-    from alpaca_core.engines.transformers import TransformersModel
-    from alpaca_core.engines.weights import load_weights
-
-    loaded = load_weights(spec, started)
-    engine = NativeModel if runs(loaded.network) else TransformersModel
-    model = engine(loaded.network, loaded.tokenizer, loaded.info, spec.batch_size, spec.memory_share)
-    del loaded
-    try:
+    where = chosen()
+    with open_model(spec) if where == "off" else at_host(spec, where) as model:
         yield model
-    finally:
-        model.close()
 
 
 def verify_checkpoint(spec: ModelSpec | None = None) -> dict[str, str]:

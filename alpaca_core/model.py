@@ -22,6 +22,7 @@ ErrorCode = Literal[
     "unknown_adapter",  # the row names an adapter that the model does not have
     "not_finite",  # the model's logits hold NaN or infinity for this row
     "not_enough_memory",  # the row finds no memory even alone
+    "engine_failed",  # the engine died of the row, more than once
     "no_spelling",  # a label cannot be told apart from the others after this prompt
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
@@ -221,6 +222,29 @@ class LanguageModel(Protocol):
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats; perhaps `Scores`."""
+        ...
+
+
+class Feed(Protocol):
+    """An engine step by step, for whoever runs rows of many callers: a host.
+
+    Rows come in at any time, under keys of the caller's, and out as they end. One thread uses a feed.
+    """
+
+    def add(self, key: int, row: GenerateRow | ScoreRow) -> None:
+        """Line up a row; one that is refused comes out as a `RowError` at the next step."""
+        ...
+
+    def drop(self, key: int) -> None:
+        """Take a row out, if it is still there: its result never comes."""
+        ...
+
+    def step(self) -> list[tuple[int, Completion | list[float] | RowError]]:
+        """Take one step of the engine; return the rows that have ended."""
+        ...
+
+    def __len__(self) -> int:
+        """Count the rows that have not come out."""
         ...
 
 

@@ -1,23 +1,27 @@
 """`LanguageModel` on our own forward pass: a row's result is the same in any company, bit for bit."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alpaca_core.engines.engine import Engine
+from alpaca_core.engines.feeding import NativeFeed, Workers
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
-from alpaca_core.engines.recovering import Recovery
+from alpaca_core.engines.recovering import Recovery, Worker
 from alpaca_core.engines.running import Request, Runner, outcomes
 from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.errors import InvalidRequest, RowRejected
+from alpaca_core.identity import shaped
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
-from alpaca_core.spec import digest_of
 from alpaca_core.tokenizer import Tokenizer
+
+Found = TypeVar("Found")
 
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
@@ -66,7 +70,6 @@ class NativeModel(Engine):
         beams: list[tuple[int, GenerateRow, int]] = []
         for index, row in enumerate(rows):
             try:
-                self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
                 (beams if row.sampling.num_beams > 1 else plain).append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
@@ -94,15 +97,11 @@ class NativeModel(Engine):
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
         ready = []
         for index, row in enumerate(rows):
-            trie = row.continuations
             try:
-                self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
                 ready.append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
-        self._open()
-        assert self._llama is not None
-        reader = Reader(self._llama, self._memory, self._recovery.shape, ready)
+        reader = self._reader(ready)
         try:
             while not reader.done:
                 with self._lock, self._at_device():
@@ -113,6 +112,21 @@ class NativeModel(Engine):
         finally:
             with self._lock:
                 reader.release()
+
+    def feed(self) -> NativeFeed:
+        """Open the engine step by step; one thread uses it, and nobody calls the other methods meanwhile."""
+        return NativeFeed(
+            Workers(self._runner, self._searcher, self._reader, self._advance, self._number, self._completion)
+        )
+
+    def _reader(self, rows: list[tuple[int, ScoreRow, int]]) -> Reader:
+        self._open()
+        assert self._llama is not None
+        return Reader(self._llama, self._memory, self._recovery.shape, rows)
+
+    def _advance(self, worker: Worker[Found]) -> Found | None:
+        with self._at_device():
+            return self._recovery.advance(worker)
 
     def close(self) -> None:
         """Free the memory of weights and cache. Iterators that are still open raise at their next step."""
@@ -131,18 +145,20 @@ class NativeModel(Engine):
         self._tell(shape)
 
     def _tell(self, shape: Shape) -> None:
-        told: dict[str, object] = {"engine": "native", "rows_independent": self._steady}
-        if shape.fixed:
-            digest = self._loaded.digest
-            told |= {"shape": shape.name, "digest": digest_of([digest, shape.name]), "unshaped_digest": digest}
-        self.info = self._loaded.model_copy(update=told)
+        told = self._loaded.model_copy(update={"engine": "native", "rows_independent": self._steady})
+        self.info = shaped(told, self._loaded.digest, shape.name)
 
     def _open(self) -> None:
         if self._llama is None:
             raise InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
 
     def _number(self, row: GenerateRow | ScoreRow) -> int:
-        """Number of the row's adapter; -1 is the bare base."""
+        """Check a row, and return the number of its adapter; -1 is the bare base."""
+        if isinstance(row, GenerateRow):
+            self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
+        else:
+            trie = row.continuations
+            self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
         name = self._adapter(row)
         return -1 if name is None else self._numbers[name]
 

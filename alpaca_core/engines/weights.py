@@ -30,8 +30,9 @@ from alpaca_core.engines.lora import attach, merge
 from alpaca_core.engines.recovering import ran_out
 from alpaca_core.engines.sharing import keep, room
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
+from alpaca_core.identity import identity
 from alpaca_core.model import ModelInfo
-from alpaca_core.spec import ModelSpec, digest_of
+from alpaca_core.spec import ModelSpec
 from alpaca_core.tokenizer import Tokenizer
 
 _GIB = 2**30
@@ -80,26 +81,21 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
             raise
         loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))
         raise NotEnoughMemory(f"{device} ran out of memory while it loaded {loading}. {_SMALLER}") from error
-    named = {
-        "base": base.digest,
-        "adapters": {adapter.info.name: [adapter.info.digest, adapter.info.template] for adapter in adapters},
-        "quantization": spec.quantization,
-        "dtype": str(dtype),
-        "merge_adapter": spec.merge_adapter,
-    }
+    told = tuple(adapter.info for adapter in adapters)
+    shown = str(dtype).removeprefix("torch.")
     info = ModelInfo(
         name=base.name,
-        digest=digest_of(named),
+        digest=identity(base.digest, told, spec.quantization, shown, spec.merge_adapter),
         engine="transformers",
         device=str(device) if spec.device_map is None else spec.device_map,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=shown,
         quantization=spec.quantization,
         context_length=context_length,
         vocab_size=config.vocab_size,
         eos_ids=tokenizer.eos_ids,
         template=spec.template,
         chat_template=base.chat_template,
-        adapters=tuple(adapter.info for adapter in adapters),
+        adapters=told,
         revision=base.revision,
         memory_gib=network.get_memory_footprint() / _GIB,
         load_seconds=time.perf_counter() - started,

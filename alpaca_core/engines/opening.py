@@ -1,0 +1,34 @@
+"""From a recipe to an engine in this process: which engine runs which network."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from alpaca_core.model import LanguageModel
+from alpaca_core.spec import ModelSpec
+
+
+@contextmanager
+def open_model(spec: ModelSpec) -> Iterator[LanguageModel]:
+    """Load a model into this process, and free its memory at the end of the block.
+
+    Args:
+        spec: The recipe.
+
+    Raises:
+        LoadError: As `alpaca_core.loading.load_model`.
+    """
+    started = time.perf_counter()  # importing torch is part of what a user waits for
+    from alpaca_core.engines.llama import runs
+    from alpaca_core.engines.native import NativeModel
+    from alpaca_core.engines.transformers import TransformersModel
+    from alpaca_core.engines.weights import load_weights
+
+    loaded = load_weights(spec, started)
+    engine = NativeModel if runs(loaded.network) else TransformersModel
+    model = engine(loaded.network, loaded.tokenizer, loaded.info, spec.batch_size, spec.memory_share)
+    del loaded
+    try:
+        yield model
+    finally:
+        model.close()

@@ -1,0 +1,204 @@
+"""The host's web application: the same on a Unix socket, on TCP and as a replica of Ray Serve.
+
+Results come as lines of JSON, as rows end; an empty line says that the host is alive. Closing the connection takes the
+rest of the rows out. Errors are ``{"error": {"type": ..., "message": ...}}``, with the class of `alpaca_core.errors`.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alpaca_core.errors import AlpacaError, HostBusy, HostError, InvalidRequest
+from alpaca_core.host.keeping import WarmModel
+from alpaca_core.host.metrics import exposition
+from alpaca_core.host.protocol import (
+    MOST_BYTES,
+    GenerateRequest,
+    Kind,
+    ModelReply,
+    ModelRequest,
+    ScoreRequest,
+    Status,
+    TokenizerReply,
+    write_error,
+)
+from alpaca_core.host.scheduler import Ticket
+
+_PULSE = 5.0
+"""Seconds after which a stream without results gets an empty line."""
+
+Client = Annotated[str, Header(alias="alpaca-client", max_length=64)]
+"""Rows of one client take turns with those of others."""
+
+
+def application(warm: WarmModel, token: str | None = None, leave: Callable[[], None] | None = None) -> FastAPI:
+    """Make the application of one warm model, which it starts and ends.
+
+    Args:
+        warm: The model.
+        token: That a request has to bear; None asks for none.
+        leave: Ends the server, for whoever asks it to; None refuses that.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warm.start()
+        yield
+        await warm.stop()
+
+    app = FastAPI(title="alpaca host", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_exception_handler(AlpacaError, _refusal)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_middleware(_Capped)
+    if token is not None:
+        app.add_middleware(_Bearer, token=token)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Say whether requests can succeed: 200 when loading or ready, else 503."""
+        state = warm.status().state
+        return JSONResponse({"state": state}, 200 if state in ("loading", "ready") else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Tell Prometheus."""
+        text, kind = exposition(warm.status())
+        return Response(text, media_type=kind)
+
+    @app.get("/v1/status")
+    async def status() -> Status:
+        """Look at the host."""
+        return warm.status()
+
+    @app.post("/v1/model")
+    async def model(request: ModelRequest) -> ModelReply:
+        """Wait for the model, with a spec's adapters."""
+        return await warm.model(request.spec)
+
+    @app.get("/v1/tokenizer")
+    async def tokenizer() -> TokenizerReply:
+        """Give the model's tokenizer."""
+        return await warm.tokenizer()
+
+    @app.post("/v1/generate", response_class=StreamingResponse)
+    async def generate(request: GenerateRequest, client: Client = "") -> StreamingResponse:
+        """Generate a response for each row."""
+        return _stream(warm, client, "generate", [row.model_dump(mode="json") for row in request.rows])
+
+    @app.post("/v1/loglikelihood", response_class=StreamingResponse)
+    async def loglikelihood(request: ScoreRequest, client: Client = "") -> StreamingResponse:
+        """Score each row."""
+        return _stream(warm, client, "loglikelihood", [row.model_dump(mode="json") for row in request.rows])
+
+    @app.post("/v1/stop")
+    async def stop() -> dict[str, bool]:
+        """End the host at once; rows that have not come out are cut off."""
+        if leave is None:
+            raise InvalidRequest("this host is ended where it was started, and not by a request.")
+        leave()
+        return {"stopping": True}
+
+    return app
+
+
+def _stream(warm: WarmModel, client: str, kind: Kind, rows: list[dict[str, Any]]) -> StreamingResponse:
+    ticket = warm.submit(client, kind, rows)
+    return StreamingResponse(_lines(warm, ticket), media_type="application/x-ndjson")
+
+
+async def _lines(warm: WarmModel, ticket: Ticket) -> AsyncIterator[str]:
+    try:
+        out = ticket.left + ticket.results.qsize()
+        while out:
+            try:
+                found = await asyncio.wait_for(ticket.results.get(), _PULSE)
+            except TimeoutError:
+                yield "\n"
+                continue
+            lines = []
+            while True:
+                if isinstance(found, AlpacaError):
+                    yield "".join([*lines, json.dumps({"failed": write_error(found)}), "\n"])
+                    return
+                index, result = found
+                lines.append(json.dumps({"index": index, **result}, separators=(",", ":")) + "\n")
+                out -= 1
+                if ticket.results.empty():
+                    break
+                found = ticket.results.get_nowait()
+            yield "".join(lines)
+    finally:
+        warm.scheduler.drop(ticket)
+
+
+def _refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, AlpacaError)
+    status = 429 if isinstance(error, HostBusy) else 503 if isinstance(error, HostError) else 422
+    retry = {"Retry-After": "1"} if isinstance(error, HostError) else None
+    return JSONResponse({"error": write_error(error)}, status, retry)
+
+
+def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    told = InvalidRequest(f"{place[:200]}: {first['msg'][:300]}. See /openapi.json for what a request holds.")
+    return JSONResponse({"error": write_error(told)}, 422)
+
+
+class _Capped:
+    """Refuses bodies that are too large, before they are read in whole."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        left = MOST_BYTES
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        body = []
+        if not told.isdigit() or int(told) > MOST_BYTES:
+            return await _too_large(scope, receive, send)
+        while True:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                return await _too_large(scope, receive, send)
+            body.append(message)
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
+        body.reverse()
+
+        async def replay() -> Message:
+            return body.pop() if body else await receive()
+
+        await self._app(scope, replay, send)
+
+
+async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
+    error = InvalidRequest(f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several.")
+    await JSONResponse({"error": write_error(error)}, 413)(scope, receive, send)
+
+
+class _Bearer:
+    """Refuses requests that do not bear the token; only whether the host is well may be asked without."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = InvalidRequest("this host wants its token. Set ALPACA_HOST_TOKEN to it.")
+                return await JSONResponse({"error": write_error(error)}, 401)(scope, receive, send)
+        await self._app(scope, receive, send)

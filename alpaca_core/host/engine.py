@@ -1,0 +1,104 @@
+"""The process that holds the weights: rows in as lines of JSON, results out, until the host goes away.
+
+    python -m alpaca_core.host.engine DESCRIPTOR
+
+The descriptor is a socket that was inherited. The first line holds the spec. Whatever is raised ends the process:
+the host starts another.
+"""
+
+import faulthandler
+import json
+import os
+import queue
+import socket
+import sys
+import time
+from functools import lru_cache
+from threading import Thread
+from typing import Any
+
+from alpaca_core.engines.feeding import BatchFeed
+from alpaca_core.engines.opening import open_model
+from alpaca_core.errors import AlpacaError
+from alpaca_core.host.protocol import GenerateJson, write_error, write_result
+from alpaca_core.model import Completion, Feed, LanguageModel, ScoreRow, Trie
+from alpaca_core.spec import ModelSpec
+
+_PULSE = 0.5
+"""Seconds between signs of life."""
+
+
+class Pipe:
+    """Lines of JSON, both ways; what comes in is read by a thread, and its end ends the process.
+
+    Args:
+        connection: To the host.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        Thread(target=self._read, daemon=True).start()
+
+    def send(self, **message: object) -> None:
+        """Send one line."""
+        self._connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def _read(self) -> None:
+        with self._connection.makefile("rb") as lines:
+            for line in lines:
+                self.inbox.put(json.loads(line))
+        os._exit(0)  # the host is gone, and the main thread may be busy for long
+
+
+def main() -> None:
+    """Load the model that the first line asks for, and run rows."""
+    faulthandler.enable()
+    pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
+    spec = ModelSpec.model_validate(pipe.inbox.get()["load"])
+    try:
+        with open_model(spec) as model:
+            tokenizer = model.tokenizer
+            told = {"definition": tokenizer.definition, "eos_ids": tokenizer.eos_ids, "named": tokenizer.named}
+            pipe.send(ready=model.info.model_dump(mode="json"), tokenizer=told)
+            _run(pipe, model, spec.batch_size)
+    except AlpacaError as error:
+        pipe.send(failed=write_error(error))
+
+
+def _run(pipe: Pipe, model: LanguageModel, batch_size: int) -> None:
+    feed: Feed = model.feed() if hasattr(model, "feed") else BatchFeed(model, batch_size)
+    info, said = model.info, 0.0
+    while True:
+        while not (len(feed) and pipe.inbox.empty()):
+            _take(pipe.inbox.get(), feed)
+        ended = feed.step()
+        now = time.monotonic()
+        if ended or now - said > _PULSE:
+            tokens = sum(each.completion_tokens for _, each in ended if isinstance(each, Completion))
+            pipe.send(ended=[[key, write_result(result)] for key, result in ended], tokens=tokens)
+            said = now
+        if model.info is not info:
+            info = model.info
+            pipe.send(info=info.model_dump(mode="json"))
+
+
+def _take(message: dict[str, Any], feed: Feed) -> None:
+    for key in message.get("drop", ()):
+        feed.drop(key)
+    for key, kind, row in message.get("add", ()):
+        feed.add(key, GenerateJson.model_validate(row).row() if kind == "generate" else _score_row(row))
+
+
+def _score_row(row: dict[str, Any]) -> ScoreRow:
+    return ScoreRow(tuple(row["prompt_ids"]), _trie(tuple(row["tokens"]), tuple(row["parents"])), row["adapter"])
+
+
+@lru_cache(maxsize=256)
+def _trie(tokens: tuple[int, ...], parents: tuple[int, ...]) -> Trie:
+    """One trie for all rows that have the same: engines work out once what they need of it."""
+    return Trie(tokens, parents)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""A model that is kept warm: its engine, loaded again when it dies or has to have another adapter."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import IO, Any
+
+import psutil
+
+from alpaca_core.adapters import Adapter, find_adapters
+from alpaca_core.errors import AlpacaError, HostUnavailable, InvalidRequest, LoadError, NotEnoughMemory
+from alpaca_core.host.place import device_of, find_base_apart, key_of
+from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
+from alpaca_core.host.scheduler import Scheduler, Ticket
+from alpaca_core.host.supervisor import Engine, Loaded
+from alpaca_core.identity import as_asked
+from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
+from alpaca_core.spec import ModelSpec, NamedAdapter
+
+_GIB = 2**30
+_LOADS = 5
+"""Loads in a row that may fail after the first one that did not."""
+_DRAIN = 30.0
+"""Seconds that rows get to end before an engine is replaced on purpose; those that have not are run again."""
+
+MakeRoom = Callable[[], Awaitable[bool]]
+"""Ends another host of this device that has nothing to do; says whether there was one."""
+
+
+async def no_room() -> bool:
+    """Find no host that could go."""
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a host behaves. Times in seconds.
+
+    Args:
+        hang: Without a sign of life from a busy engine for so long, it is replaced.
+        idle: The host exits after so long with nothing to do; None is never.
+        queue: Rows that may wait.
+        fixed: Serve the spec's own adapters, and load no others on a client's word.
+    """
+
+    hang: float = 120.0
+    idle: float | None = 1800.0
+    queue: int = 100_000
+    fixed: bool = False
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        """Read ``ALPACA_HOST_HANG``, ``ALPACA_HOST_IDLE`` (seconds) and ``ALPACA_HOST_QUEUE`` (rows).
+
+        Raises:
+            InvalidRequest: For what is no number above 0.
+        """
+        found = cls()
+        return replace(
+            found,
+            hang=_number("ALPACA_HOST_HANG", found.hang),
+            idle=_number("ALPACA_HOST_IDLE", found.idle or 0),
+            queue=int(_number("ALPACA_HOST_QUEUE", found.queue)),
+        )
+
+
+class WarmModel:
+    """One base model in one engine, for any number of clients.
+
+    Args:
+        spec: What is loaded first.
+        settings: How it behaves.
+        log: Where the engine's output goes; None is this process's.
+        inherited: Descriptors that the engine keeps open as long as it lives.
+        make_room: Called where the model does not fit beside others.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        log: IO[bytes] | None = None,
+        inherited: Sequence[int] = (),
+        make_room: MakeRoom = no_room,
+    ) -> None:
+        self._spec, self.settings = spec, settings
+        self._log, self._inherited, self._make_room = log, inherited, make_room
+        self._started = time.monotonic()
+        self._adapters = _by_digest(spec, find_adapters(spec))
+        self._base = find_base_apart(spec)
+        self.key = key_of(spec, self._base)
+        self.scheduler = Scheduler(self._send, settings.queue)
+        self.loaded: Loaded | None = None
+        self.error: AlpacaError | None = None
+        self.leaving = False
+        self._engine: Engine | None = None
+        self._ready = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._refused: dict[str, LoadError] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.restarts = 0
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._task = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """End the engine. Rows that have not come out get an error."""
+        self.leaving = True
+        if self._task is not None:
+            self._task.cancel()
+        if self._engine is not None:
+            await self._engine.stop()
+        self.scheduler.fail(HostUnavailable("the host has been stopped. Run it again."))
+
+    async def model(self, spec: ModelSpec) -> ModelReply:
+        """Wait until the model is loaded, with a spec's adapters; say what it is.
+
+        Raises:
+            InvalidRequest: If the spec means another base, or bits of it, or device, than this host has.
+            LoadError: If the model, or an adapter, cannot be loaded.
+        """
+        base, adapters = await asyncio.to_thread(lambda: (find_base_apart(spec), find_adapters(spec)))
+        if (key := key_of(spec, base)) != self.key:
+            raise InvalidRequest(
+                f"this host keeps {self._spec.base_model!r} (quantization {self._spec.quantization}, dtype "
+                f"{self._spec.dtype}, device {device_of(self._spec)}; key {self.key}), but the spec means "
+                f"{spec.base_model!r}, key {key}. Ask its own host, or start one."
+            )
+        names = {DEFAULT_ADAPTER: DEFAULT_ADAPTER}  # part of the base
+        if not spec.merge_adapter:
+            wanted = _by_digest(spec, adapters)
+            await self._have(wanted)
+            names = {found.info.name: wanted[found.info.digest].name for found in adapters}
+        loaded = await self._when_ready()
+        told = [found.info for found in adapters]
+        info = as_asked(loaded.info, base.digest, told, spec.template, spec.merge_adapter)
+        return ModelReply(info=info.model_copy(update={"name": spec.base_model}), adapters=names)
+
+    async def tokenizer(self) -> TokenizerReply:
+        """Wait until the model is loaded; return what its tokenizer is made of.
+
+        Raises:
+            LoadError, HostUnavailable: If it cannot be loaded.
+        """
+        return (await self._when_ready()).tokenizer
+
+    def submit(self, client: str, kind: Kind, rows: list[dict[str, Any]]) -> Ticket:
+        """Line up rows. It waits for no load: rows wait in line.
+
+        Raises:
+            HostBusy: If too many rows wait.
+            LoadError, HostUnavailable: If the model cannot be loaded.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.scheduler.submit(client, kind, rows)
+
+    def idle(self) -> float:
+        """Seconds since there was something to do; 0 while it loads."""
+        if self.scheduler.running or self.scheduler.waiting or (self.loaded is None and self.error is None):
+            return 0.0
+        return time.monotonic() - self.scheduler.used
+
+    def status(self) -> Status:
+        """Look at it."""
+        scheduler = self.scheduler
+        state = (
+            "leaving" if self.leaving else "failed" if self.error else "ready" if self._ready.is_set() else "loading"
+        )
+        pid = self._engine.pid if self._engine else None
+        return Status.model_validate(
+            {
+                "version": version("prefect-alpaca"),
+                "pid": os.getpid(),
+                "engine_pid": pid,
+                "key": self.key,
+                "device": device_of(self._spec),
+                "state": state,
+                "info": self.loaded.info if self.loaded else None,
+                "uptime": time.monotonic() - self._started,
+                "idle": self.idle(),
+                "memory_gib": _resident(pid) / _GIB,
+                "waiting": scheduler.waiting,
+                "running": scheduler.running,
+                "clients": scheduler.clients,
+                "rows": scheduler.rows,
+                "tokens": scheduler.tokens,
+                "tokens_per_second": scheduler.speed()[1],
+                "restarts": self.restarts,
+                "queue_limit": scheduler.limit,
+            }
+        )
+
+    async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
+        """Load the engine again with adapters that it has not."""
+        async with self._changing:
+            for digest in wanted:
+                if digest in self._refused:
+                    raise self._refused[digest]
+            missing = {digest: adapter for digest, adapter in wanted.items() if digest not in self._adapters}
+            if not missing:
+                return
+            if self.settings.fixed:
+                names = ", ".join(repr(adapter.source) for adapter in missing.values())
+                raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
+            await self._when_ready()
+            before, self._adapters = self._adapters, {**self._adapters, **missing}
+            try:
+                await self._replace()
+            except LoadError as error:
+                self._refused.update(dict.fromkeys(missing, error))
+                self._adapters = before
+                await self._replace()
+                raise
+
+    async def _replace(self) -> None:
+        """Let the rows at the engine end, and start another one.
+
+        Raises:
+            LoadError: What the load raised; there is no engine then.
+        """
+        self.scheduler.pause()
+        ends = time.monotonic() + _DRAIN
+        while self.scheduler.running and time.monotonic() < ends:
+            await asyncio.sleep(0.02)
+        assert self._task is not None and self._engine is not None
+        self._task.cancel()
+        await self._engine.stop()
+        self.scheduler.died(0.0)
+        self._ready.clear()
+        self.loaded = None
+        self._task = asyncio.create_task(self._keep())
+        try:
+            await self._when_ready()
+        except LoadError:
+            self.error = None
+            raise
+
+    async def _keep(self) -> None:
+        """Load an engine, listen to it, and load another when it dies."""
+        failures = 0
+        while True:
+            loads_again = self.loaded is not None
+            try:
+                await self._load()
+            except AlpacaError as error:
+                failures += 1
+                if loads_again and failures < _LOADS:  # it has been loaded before: whatever is in the way may go
+                    await asyncio.sleep(failures)
+                    continue
+                self.error = error
+                self._ready.set()
+                self.scheduler.fail(error)
+                return
+            failures = 0
+            assert self._engine is not None
+            code = await self._engine.listen(self.settings.hang, lambda: self.scheduler.running > 0)
+            self.restarts += 1
+            self._ready.clear()
+            # SIGKILL and SIGTERM come from outside: from a person, or from a system that is short of memory
+            self.scheduler.died(0.25 if code in (-9, -15) else 1.0)
+
+    async def _load(self) -> None:
+        spec = self._spec
+        if not spec.merge_adapter:
+            named = {"adapter": None, "adapter_revision": None, "adapters": tuple(self._adapters.values())}
+            spec = spec.model_copy(update=named)
+        while True:
+            self._engine = Engine(spec, self._heard, self._log, self._inherited)
+            try:
+                self.loaded = await self._engine.start()
+            except NotEnoughMemory:
+                if not await self._make_room():
+                    raise
+            else:
+                break
+        self.scheduler.begin(self._spec.batch_size)
+        self._ready.set()
+
+    async def _when_ready(self) -> Loaded:
+        await self._ready.wait()
+        if self.error is not None:
+            raise self.error
+        assert self.loaded is not None
+        return self.loaded
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._engine is not None
+        if "add" in message and self.scheduler.running == len(message["add"]):
+            self._engine.work_begins()
+        self._engine.send(message)
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        if "ended" in message:
+            self.scheduler.heard(message["ended"], message["tokens"])
+        elif "info" in message and self.loaded is not None:
+            self.loaded = replace(self.loaded, info=ModelInfo.model_validate(message["info"]))
+
+
+def _by_digest(spec: ModelSpec, adapters: Sequence[Adapter]) -> dict[str, NamedAdapter]:
+    """A spec's adapters under names that mean their bytes: those of two specs may share an engine."""
+    own = [spec.adapter_revision] if spec.adapter else []
+    revisions = [*own, *(adapter.revision for adapter in spec.adapters)]
+    return {
+        found.info.digest: NamedAdapter(name=found.info.digest[:32], source=found.info.source, revision=revision)
+        for found, revision in zip(adapters, revisions, strict=True)
+    }
+
+
+def _resident(pid: int | None) -> int:
+    """Bytes of memory that a process has; 0 where there is none."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss) if pid else 0
+    except psutil.Error:
+        return 0
+
+
+def _number(name: str, otherwise: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        number = float(text) if text else otherwise
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise InvalidRequest(f"{name} is a number above 0, but is {text!r:.40}. Set it, or unset it.")
+    return number

@@ -1,0 +1,136 @@
+"""Which process runs a spec's model, and how its host is started where none runs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from filelock import FileLock, Timeout
+
+from alpaca_core.errors import HostUnavailable, InvalidRequest
+from alpaca_core.host.client import HostModel
+from alpaca_core.host.neighbours import connection
+from alpaca_core.host.place import find_base_apart, key_of, runtime_folder
+from alpaca_core.host.supervisor import plain_environment
+from alpaca_core.spec import ModelSpec
+
+_START = 120.0
+"""Seconds for a host to listen; its predecessor's engine may have to end first."""
+_STREAM = httpx.Timeout(60.0, connect=10.0)
+
+
+def chosen() -> str:
+    """Say where models run: ``off`` (in this process), ``auto`` (at this machine's host), or a host's URL.
+
+    It is ``$ALPACA_HOST``; unset, it is ``auto`` in a flow run that a worker or a served deployment started, whose
+    process ends with the run, and ``off`` elsewhere.
+
+    Raises:
+        InvalidRequest: For anything else.
+    """
+    choice = os.environ.get("ALPACA_HOST", "").strip()
+    if choice in ("off", "auto") or choice.startswith(("http://", "https://")):
+        return choice
+    if choice:
+        raise InvalidRequest(f"ALPACA_HOST is off, auto or a host's URL (http://…), but is {choice!r:.80}. Set it so.")
+    return "auto" if os.environ.get("PREFECT__FLOW_RUN_ID") else "off"
+
+
+@contextmanager
+def at_host(spec: ModelSpec, choice: str) -> Iterator[HostModel]:
+    """Use the model that a host keeps.
+
+    Args:
+        spec: The recipe.
+        choice: ``auto``, which starts the host of this machine where none runs, or a URL.
+
+    Raises:
+        HostUnavailable: If the host cannot be reached or started.
+        LoadError: If it cannot load the model.
+    """
+    model = HostModel(spec, (lambda: local(spec)) if choice == "auto" else (lambda: remote(choice)))
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def remote(url: str) -> httpx.Client:
+    """Open a client of a host's URL, with ``$ALPACA_HOST_TOKEN`` where that is set."""
+    token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM)
+
+
+def local(spec: ModelSpec) -> httpx.Client:
+    """Open a client of this machine's host of a spec, which is started first where none answers.
+
+    Raises:
+        HostUnavailable: If it cannot be started.
+        LoadError: If the spec's files cannot be found.
+    """
+    key = key_of(spec, find_base_apart(spec))
+    folder = runtime_folder()
+    path = folder / f"{key}.sock"
+    if not _answers(path):
+        try:
+            with FileLock(folder / f"{key}.start", timeout=2 * _START):
+                if not _answers(path):
+                    _start(spec, key, folder)
+        except Timeout:
+            raise HostUnavailable(
+                f"a host starts within {2 * _START:.0f} s, but another process has held {folder / key}.start for so "
+                "long. End that process."
+            ) from None
+        except OSError as error:
+            raise HostUnavailable(
+                f"a host's files are in {folder}, but it cannot be written ({error.strerror or error}). "
+                "Free space there, or set ALPACA_RUNTIME to another folder, or ALPACA_HOST=off."
+            ) from error
+    client = connection(path, 60.0)
+    client.timeout = _STREAM
+    return client
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with connection(path, 10.0) as client:
+            return client.get("/health").status_code == 200
+    except (httpx.HTTPError, OSError):
+        return False
+
+
+def _start(spec: ModelSpec, key: str, folder: Path) -> None:
+    """Start the host as a process of its own, which outlives this one, and wait until it listens."""
+    path = folder / f"{key}.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alpaca_core.host.server", key],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=plain_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        with process.stdin as given:
+            given.write(spec.model_dump_json().encode())
+    ends = time.monotonic() + _START
+    while time.monotonic() < ends:
+        if process.poll() is not None:
+            raise HostUnavailable(f"the host ended with code {process.returncode} as it started: {_tail(path)}")
+        if _answers(folder / f"{key}.sock"):
+            return
+        time.sleep(0.03)
+    process.kill()
+    raise HostUnavailable(f"a host listens within {_START:.0f} s, but this one did not: {_tail(path)}")
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return (lines[-1] if lines else "it said nothing")[:500] + f" (its log is {path})"

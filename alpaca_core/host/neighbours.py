@@ -1,0 +1,69 @@
+"""Other hosts of this machine and user: looked at, and ended where a model finds no room beside them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+
+from alpaca_core.errors import HostError
+from alpaca_core.host.place import device_of, runtime_folder
+from alpaca_core.host.protocol import Status
+from alpaca_core.spec import ModelSpec
+
+_PATIENCE = 30.0
+"""Seconds for a host to go."""
+
+
+def connection(path: Path, timeout: float) -> httpx.Client:
+    """Open a client of a host's Unix socket; `timeout` is in seconds, for each wait."""
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://alpaca", timeout=timeout)
+
+
+def hosts() -> Iterator[tuple[Path, Status]]:
+    """The sockets of all hosts that answer, with their status."""
+    with suppress(HostError):
+        for path in sorted(runtime_folder().glob("*.sock")):
+            if (status := status_of(path)) is not None:
+                yield path, status
+
+
+def status_of(path: Path) -> Status | None:
+    """Return the status of the host at a socket; None where none answers."""
+    try:
+        with connection(path, 10.0) as client:
+            return Status.model_validate(client.get("/v1/status").raise_for_status().json())
+    except (httpx.HTTPError, OSError, ValueError):
+        return None
+
+
+def stop(path: Path) -> bool:
+    """End the host at a socket, and wait until it is gone; False where it stays."""
+    with suppress(httpx.HTTPError, OSError), connection(path, 10.0) as client:
+        client.post("/v1/stop", json={})
+    ends = time.monotonic() + _PATIENCE
+    while time.monotonic() < ends:
+        if not path.exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def end_an_idle_one(spec: ModelSpec, key: str) -> bool:
+    """End the host of the same device that has been idle for longest, if one is.
+
+    Args:
+        spec: Of the model that finds no room.
+        key: Of its host, which is not ended.
+
+    Returns:
+        Whether there is more room now.
+    """
+    device = device_of(spec)
+    idle = [(status.idle, path) for path, status in hosts() if status.key != key and _may_go(status, device)]
+    return any(stop(path) for _, path in sorted(idle, reverse=True)[:1])
+
+
+def _may_go(status: Status, device: str) -> bool:
+    return status.device == device and status.state == "ready" and not (status.waiting or status.running)

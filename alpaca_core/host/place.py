@@ -1,0 +1,107 @@
+"""Where hosts of this machine live, and which of them a spec means. Nothing here imports torch.
+
+Files of a host, in a folder that its user alone may enter, by the host's key: ``.sock`` (where it listens), ``.lock``
+(held as long as it or its engine lives), ``.start`` (held by whoever starts it), ``.log``.
+"""
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from alpaca_core.adapters import find_adapters
+from alpaca_core.checkpoints import Checkpoint, Convert, find_base
+from alpaca_core.errors import HostUnavailable, InvalidCheckpoint
+from alpaca_core.host.protocol import VERSION
+from alpaca_core.spec import ModelSpec, digest_of
+
+_LONGEST = 100
+"""Bytes of a Unix socket's path; systems refuse a little more than that."""
+
+
+def runtime_folder() -> Path:
+    """Return the folder of this user's hosts, made where it is not there.
+
+    It is ``$ALPACA_RUNTIME``, else ``$XDG_RUNTIME_DIR/alpaca``, else ``alpaca-<user id>`` where temporary files go.
+
+    Raises:
+        HostUnavailable: If it cannot be made, belongs to somebody else, or others may enter it.
+    """
+    if chosen := os.environ.get("ALPACA_RUNTIME"):
+        folder = Path(chosen)
+    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        folder = Path(runtime) / "alpaca"
+    else:
+        folder = Path(tempfile.gettempdir()) / f"alpaca-{os.getuid()}"
+    remedy = "Set ALPACA_RUNTIME to a folder of your own on this machine, or ALPACA_HOST=off to load models here."
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise HostUnavailable(f"hosts live in {folder}, but it cannot be made ({error.strerror}). {remedy}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise HostUnavailable(
+            f"hosts live in a folder that its user alone may enter (mode 700), but {folder} has mode "
+            f"{stat.S_IMODE(found.st_mode):o} and user {found.st_uid}. {remedy}"
+        )
+    if len(os.fsencode(folder)) + len("/0123456789abcdef.start") > _LONGEST:
+        raise HostUnavailable(f"a socket's path has at most {_LONGEST} bytes, but {folder} is too long. {remedy}")
+    return folder
+
+
+def find_base_apart(spec: ModelSpec) -> Checkpoint:
+    """Find a spec's base model; what has to be converted first is converted by a process of its own.
+
+    Raises:
+        LoadError: As `alpaca_core.checkpoints.find_base`.
+    """
+    return find_base(spec, _apart("unpack_gguf"), _apart("convert_tokenizer"))
+
+
+def device_of(spec: ModelSpec) -> str:
+    """Name the device that a spec means on this machine, without asking torch: two names of one device are one."""
+    if spec.device_map is not None:
+        device = spec.device_map
+    elif spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"
+    else:
+        device = f"cuda:{spec.device.partition(':')[2] or 0}"
+    return f"{device} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
+
+
+def key_of(spec: ModelSpec, base: Checkpoint) -> str:
+    """Return the key of the host that a spec means: one for each base, its bits, and device.
+
+    Adapters are not part of it, unless they are merged into the base; nor are sizes of batches or shares of memory.
+    """
+    merged = [adapter.info.digest for adapter in find_adapters(spec)] if spec.merge_adapter else []
+    device = device_of(spec)
+    auto = "float32" if device == "cpu" else "bfloat16"
+    told = [base.digest, merged, spec.quantization, auto if spec.dtype == "auto" else spec.dtype, device]
+    return digest_of([VERSION, version("prefect-alpaca"), *told])[:16]
+
+
+def _apart(name: str) -> Convert:
+    program = (
+        "import sys, pathlib; from alpaca_core.engines import conversion; "
+        f"conversion.{name}(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    )
+
+    def convert(source: Path, folder: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(source), str(folder)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if why.startswith(f"{InvalidCheckpoint.__module__}.InvalidCheckpoint: "):
+                raise InvalidCheckpoint(why.partition(": ")[2])
+            raise InvalidCheckpoint(f"{source} cannot be converted ({why:.300}). Fetch the model again.")
+
+    return convert

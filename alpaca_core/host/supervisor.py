@@ -1,0 +1,148 @@
+"""The engine's process, seen from the host: started, listened to, and ended when it hangs."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any
+
+from alpaca_core.errors import HostUnavailable
+from alpaca_core.host.protocol import MOST_BYTES, TokenizerReply, read_error
+from alpaca_core.model import ModelInfo
+from alpaca_core.spec import ModelSpec
+
+_LINE = 4 * MOST_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What an engine says when it is ready."""
+
+    info: ModelInfo
+    tokenizer: TokenizerReply
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment for host and engine: without what belongs to the run that happens to start them."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+
+
+class Engine:
+    """One process of `alpaca_core.host.engine`.
+
+    Args:
+        spec: The model that it loads.
+        heard: Called with each message of results.
+        log: Where its standard output and error go; None is the host's.
+        inherited: Descriptors that it keeps open as long as it lives.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        heard: Callable[[dict[str, Any]], None],
+        log: IO[bytes] | None = None,
+        inherited: Sequence[int] = (),
+    ) -> None:
+        self._spec, self._heard, self._log, self._inherited = spec, heard, log, tuple(inherited)
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._last = 0.0  # when it gave a sign of life, or got work after it had none
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None before it is started."""
+        return self._process.pid if self._process else None
+
+    async def start(self) -> Loaded:
+        """Start it, and wait until the model is loaded.
+
+        Raises:
+            LoadError: What the load raised there.
+            HostUnavailable: If the process died while it loaded.
+        """
+        ours, its = socket.socketpair()
+        with its:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "alpaca_core.host.engine", str(its.fileno())),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=plain_environment(),
+                pass_fds=(its.fileno(), *self._inherited),
+            )
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE)
+        self.send({"load": self._spec.model_dump(mode="json")})
+        message = await self._read()
+        if message is None:
+            code = await self._process.wait()
+            raise HostUnavailable(
+                f"the engine's process {_ended(code)} while it loaded the model. Read the host's log."
+            )
+        if "failed" in message:
+            await self._process.wait()
+            raise read_error(message["failed"])
+        return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message; it goes nowhere if the process is dead."""
+        assert self._writer is not None
+        with suppress(OSError, RuntimeError):
+            self._writer.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def work_begins(self) -> None:
+        """Note that it has something to do from now on."""
+        self._last = time.monotonic()
+
+    async def listen(self, hang: float, busy: Callable[[], bool]) -> int:
+        """Pass messages on until the process has ended; return its exit code, negative for a signal.
+
+        Args:
+            hang: Seconds without a sign of life, while `busy`, after which it is killed.
+            busy: Whether it has something to do.
+        """
+        assert self._process is not None
+        watch = asyncio.create_task(self._watch(hang, busy))
+        try:
+            while (message := await self._read()) is not None:
+                self._last = time.monotonic()
+                self._heard(message)
+        finally:
+            watch.cancel()
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End the process, whatever it does."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def _watch(self, hang: float, busy: Callable[[], bool]) -> None:
+        assert self._process is not None
+        while True:
+            await asyncio.sleep(min(1.0, hang / 4))
+            if busy() and time.monotonic() - self._last > hang:
+                with suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGABRT)  # its log gets the stack where it hangs
+                    await asyncio.sleep(1.0)
+                    self._process.kill()
+
+    async def _read(self) -> dict[str, Any] | None:
+        try:
+            line = await self._reader.readline()
+            return dict(json.loads(line)) if line.endswith(b"\n") else None
+        except (OSError, ValueError):  # it died in mid-line
+            return None
+
+
+def _ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
