@@ -123,7 +123,7 @@ async def _lines(warm: WarmModel, ticket: Ticket) -> AsyncIterator[str]:
             except TimeoutError:
                 yield "\n"
                 continue
-            lines = []
+            lines: list[str] = []
             while True:
                 if isinstance(found, AlpacaError):
                     yield "".join([*lines, json.dumps({"failed": write_error(found)}), "\n"])

@@ -69,8 +69,8 @@ class HostModel:
         self._lock = threading.Lock()
         self._generation = 0
         self._http = connect()
-        self._told = self._until_patience_ends(self._ask)
-        self._tokenizer = self._until_patience_ends(self._ask_tokenizer)
+        self._told: ModelReply = self._until_patience_ends(self._ask)
+        self._tokenizer: Tokenizer = self._until_patience_ends(self._ask_tokenizer)
 
     @property
     def info(self) -> ModelInfo:

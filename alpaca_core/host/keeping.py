@@ -168,9 +168,6 @@ class WarmModel:
     def status(self) -> Status:
         """Look at it."""
         scheduler = self.scheduler
-        state = (
-            "leaving" if self.leaving else "failed" if self.error else "ready" if self._ready.is_set() else "loading"
-        )
         pid = self._engine.pid if self._engine else None
         return Status.model_validate(
             {
@@ -179,7 +176,7 @@ class WarmModel:
                 "engine_pid": pid,
                 "key": self.key,
                 "device": device_of(self._spec),
-                "state": state,
+                "state": self._state(),
                 "info": self.loaded.info if self.loaded else None,
                 "uptime": time.monotonic() - self._started,
                 "idle": self.idle(),
@@ -194,6 +191,11 @@ class WarmModel:
                 "queue_limit": scheduler.limit,
             }
         )
+
+    def _state(self) -> str:
+        if self.leaving:
+            return "leaving"
+        return "failed" if self.error else "ready" if self._ready.is_set() else "loading"
 
     async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
         """Load the engine again with adapters that it has not."""
@@ -227,7 +229,8 @@ class WarmModel:
         ends = time.monotonic() + _DRAIN
         while self.scheduler.running and time.monotonic() < ends:
             await asyncio.sleep(0.02)
-        assert self._task is not None and self._engine is not None
+        assert self._task is not None
+        assert self._engine is not None
         self._task.cancel()
         await self._engine.stop()
         self.scheduler.died(0.0)

@@ -63,6 +63,7 @@ def find_base_apart(spec: ModelSpec) -> Checkpoint:
 
 def device_of(spec: ModelSpec) -> str:
     """Name the device that a spec means on this machine, without asking torch: two names of one device are one."""
+    device: str
     if spec.device_map is not None:
         device = spec.device_map
     elif spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):

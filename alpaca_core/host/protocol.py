@@ -112,7 +112,7 @@ class ModelReply(Value):
 
     protocol: int = VERSION
     info: ModelInfo
-    adapters: dict[str, str] = {}
+    adapters: dict[str, str] = Field(default_factory=dict)
 
 
 class TokenizerReply(Value):
