@@ -179,6 +179,17 @@ def reference_of(arguments: list[str]) -> list[str]:
     return rows
 
 
+def port_of(text: str) -> int:
+    """Read a port of TCP.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else, so that argparse names the option.
+    """
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 2**16):
+        raise argparse.ArgumentTypeError(f"it lies between 1 and {2**16 - 1:,}, but got {text!r:.80}. Use 8642.")
+    return int(text)
+
+
 def share_of(text: str) -> float:
     """Read a share above 0 and below 1.
 
