@@ -53,12 +53,14 @@ def runtime_folder() -> Path:
 
 
 def find_base_apart(spec: ModelSpec) -> Checkpoint:
-    """Find a spec's base model; what has to be converted first is converted by a process of its own.
+    """Find a spec's base model, which the engine will read and check.
+
+    What has to be converted first is converted by a process of its own.
 
     Raises:
         LoadError: As `alpaca_core.checkpoints.find_base`.
     """
-    return find_base(spec, _apart("unpack_gguf"), _apart("convert_tokenizer"))
+    return find_base(spec, _apart("unpack_gguf"), _apart("convert_tokenizer"), check=False)
 
 
 def device_of(spec: ModelSpec) -> str:
