@@ -282,7 +282,7 @@ def _made_of(definition: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _out_of_reach(parsed: dict[str, Any]) -> bool:
-    """Say whether no text leads a BPE vocabulary to a control token: no merge touches one, and words are not looked up."""
+    """Say whether no text leads a BPE vocabulary to a control token: no merge touches one, no word is looked up."""
     model = parsed["model"]
     if model.get("type") != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
         return False

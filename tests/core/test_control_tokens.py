@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from alpaca_core import prompts
@@ -85,6 +85,7 @@ def without_control_tokens(definition: str) -> tokenizers.Tokenizer:
     return _made_of(_stripped(parsed))
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
