@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.client import HostModel
-from alpaca_core.host.neighbours import connection
+from alpaca_core.host.neighbours import ANY_NUMBER, connection
 from alpaca_core.host.place import find_base_apart, key_of, runtime_folder
 from alpaca_core.host.supervisor import plain_environment
 from alpaca_core.spec import ModelSpec
@@ -63,7 +63,7 @@ def remote(url: str) -> httpx.Client:
     """Open a client of a host's URL, with ``$ALPACA_HOST_TOKEN`` where that is set."""
     token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM)
+    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM, limits=ANY_NUMBER)
 
 
 def local(spec: ModelSpec) -> httpx.Client:
