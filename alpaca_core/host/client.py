@@ -26,7 +26,16 @@ from alpaca_core.host.protocol import (
     read_error,
     read_result,
 )
-from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits, shapes_of
+from alpaca_core.model import (
+    DEFAULT_ADAPTER,
+    Completion,
+    GenerateRow,
+    ModelInfo,
+    RowError,
+    ScoreRow,
+    check_fits,
+    shapes_of,
+)
 from alpaca_core.spec import ModelSpec
 from alpaca_core.tokenizer import Tokenizer
 
@@ -79,6 +88,7 @@ class HostModel:
         spec: What is asked for.
         connect: Opens connections.
         patience: Seconds without any result after which a call gives up.
+        called: The same with names as the caller gave them, for `info`; None is `spec`.
 
     Raises:
         HostUnavailable: If the host cannot be reached.
@@ -86,8 +96,10 @@ class HostModel:
         InvalidRequest: If it keeps another model, or speaks another version.
     """
 
-    def __init__(self, spec: ModelSpec, connect: Connect, patience: float = _PATIENCE) -> None:
-        self._spec, self._connect, self.patience = spec, connect, patience
+    def __init__(
+        self, spec: ModelSpec, connect: Connect, patience: float = _PATIENCE, called: ModelSpec | None = None
+    ) -> None:
+        self._spec, self._connect, self.patience, self._called = spec, connect, patience, called or spec
         self._headers = {"alpaca-client": uuid.uuid4().hex}
         self._lock = threading.Lock()
         self._calls: set[_Call] = set()
@@ -201,7 +213,15 @@ class HostModel:
         body = ModelRequest(spec=self._spec).model_dump(mode="json")
         reply = _checked(http.post("/v1/model", json=body, headers=self._headers))
         check_version(reply.get("protocol"))
-        return ModelReply.model_validate(reply)
+        told = ModelReply.model_validate(reply)
+        return told.model_copy(update={"info": self._named(told.info)})
+
+    def _named(self, info: ModelInfo) -> ModelInfo:
+        """Call the model and its adapters as the caller does, whose paths may have been made absolute."""
+        called = self._called
+        sources = {each.name: each.source for each in called.adapters} | {DEFAULT_ADAPTER: called.adapter}
+        adapters = [each.model_copy(update={"source": sources.get(each.name) or each.source}) for each in info.adapters]
+        return info.model_copy(update={"name": called.base_model, "adapters": tuple(adapters)})
 
     def _refresh(self) -> None:
         """Ask again what the model is: its shape may have become a smaller one."""

@@ -185,7 +185,7 @@ class Scheduler:
 
     def begin(self, slots: int) -> None:
         """Give rows to an engine that is ready, and computes so many together."""
-        self._open, self._slots = True, slots
+        self._open, self._slots, self.used = True, slots, time.monotonic()
         self._lines["generate"].window = slots + max(1, slots // 4)
         self._lines["loglikelihood"].window = 2 * slots
         self._fill()

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 
@@ -22,7 +23,7 @@ from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.host import engine
 from alpaca_core.host.application import application
 from alpaca_core.host.client import HostModel
-from alpaca_core.host.neighbours import connection
+from alpaca_core.host.neighbours import connection, status_of
 from alpaca_core.host.protocol import ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
 from alpaca_core.model import DEFAULT_ADAPTER
@@ -167,3 +168,102 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         assert time.monotonic() < ends, f"waited for {seconds} s"
         time.sleep(0.02)
     return found
+
+
+ADAPTERS = ("default", "pirate", "poet", "clerk")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_network: Callable[..., Any],  # noqa: F811
+    add_adapters: Callable[..., Any],  # noqa: F811
+    tokenizer: Any,  # noqa: F811
+) -> Callable[..., Path]:
+    """Write a tiny checkpoint, of rows that end by length alone, and its adapters in folders of their names."""
+
+    def write(seed: int = 0, folder: Path | None = None) -> Path:
+        folder = folder or tmp_path_factory.mktemp("checkpoint")
+        network = make_network(seed=seed, max_position_embeddings=65_536)
+        network.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(tokenizer.definition)
+        adapted = add_adapters(make_network(seed=seed), ADAPTERS)
+        adapted.save_pretrained(folder.parent / f"{folder.name}-adapters")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def base(checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint that no test writes to."""
+    return checkpoint()
+
+
+def spec_of(base: Path, *adapters: str, **changes: Any) -> ModelSpec:
+    """The recipe of a checkpoint with adapters, one thread of one CPU."""
+    folders = {name: base.parent / f"{base.name}-adapters" / (name if name != "default" else "") for name in adapters}
+    named = tuple({"name": name, "source": str(folders[name])} for name in adapters if name != "default")
+    own = str(folders["default"]) if "default" in adapters else None
+    told = {"base_model": str(base), "device": "cpu", "batch_size": 8, "adapter": own, "adapters": named}
+    return ModelSpec.model_validate(told | changes)
+
+
+@contextmanager
+def own_folder(cache: Path, **environment: str) -> Iterator[Path]:
+    """A runtime folder and an environment for hosts, all of which are ended with it, and all engines with them."""
+    folder = Path(tempfile.mkdtemp(prefix="alpaca-", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALPACA_RUNTIME", str(folder))
+        patch.setenv("ALPACA_CACHE", str(cache))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("ALPACA_HOST_IDLE", "120")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            yield folder
+        finally:
+            for process in processes(folder):
+                with suppress(psutil.Error):
+                    process.kill()
+            until(lambda: not processes(folder))
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes(folder: Path, of: str = "alpaca_core.host") -> list[psutil.Process]:
+    """The hosts and engines that were started with a runtime folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE or not any(of in part for part in process.cmdline()):
+                continue
+            if process.environ().get("ALPACA_RUNTIME") == str(folder):
+                found.append(process)
+    return found
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the session's own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def folder(cache: Path) -> Iterator[Path]:
+    """A runtime folder for real hosts of one test."""
+    with own_folder(cache) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(cache: Path) -> Iterator[Path]:
+    """A runtime folder for a real host that the tests of a module share."""
+    with own_folder(cache) as made:
+        yield made
+
+
+def host_of(folder: Path) -> Status | None:
+    """The status of the one host that answers in a folder."""
+    found = [status for path in folder.glob("*.sock") if (status := status_of(path)) is not None]
+    assert len(found) < 2
+    return found[0] if found else None
