@@ -105,19 +105,26 @@ class NativeFeed:
 
 
 class BatchFeed:
-    """A `Feed` over the two methods of any `LanguageModel`: a step runs the rows of one kind that have come.
+    """A `Feed` over the methods of a model whose rows run in batches: one batch of each kind at a time.
+
+    A row that is dropped while its batch runs is computed on with the others, until none of them is wanted.
 
     Args:
-        model: Whose rows end together, or nearly.
-        most: Rows of one step.
+        model: What runs them; where it has `stepwise`, that is its `generate` with a None after each step.
+        most: Rows of one batch.
     """
 
     def __init__(self, model: LanguageModel, most: int) -> None:
-        self._model, self._most = model, most
+        self._run: dict[type, Callable[[Any], Iterator[tuple[int, Result] | None]]] = {
+            GenerateRow: getattr(model, "stepwise", model.generate),
+            ScoreRow: model.loglikelihood,
+        }
+        self._most = most
         self._waiting: dict[int, GenerateRow | ScoreRow] = {}
+        self._batches: dict[type, _Batch] = {}
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(len(batch.wanted) for batch in self._batches.values())
 
     def add(self, key: int, row: GenerateRow | ScoreRow) -> None:
         """Line up a row."""
@@ -126,15 +133,32 @@ class BatchFeed:
     def drop(self, key: int) -> None:
         """Take a row out, if it is still there."""
         self._waiting.pop(key, None)
+        for kind, batch in list(self._batches.items()):
+            batch.wanted.discard(key)
+            if not batch.wanted:
+                del self._batches[kind]  # which closes what runs
 
     def step(self) -> list[tuple[int, Result]]:
-        """Run rows of the kind of the first in line."""
-        kind = type(next(iter(self._waiting.values()), None))
-        keys = [key for key, row in self._waiting.items() if type(row) is kind][: self._most]
-        rows = [self._waiting.pop(key) for key in keys]
-        found: Iterator[tuple[int, Result]]
-        if kind is GenerateRow:
-            found = self._model.generate([row for row in rows if isinstance(row, GenerateRow)])
-        else:
-            found = self._model.loglikelihood([row for row in rows if isinstance(row, ScoreRow)])
-        return [(keys[index], result) for index, result in found]
+        """Take one step of the batch of each kind; begin those of rows that have come."""
+        for kind, run in self._run.items():
+            if kind not in self._batches:
+                keys = [key for key, row in self._waiting.items() if type(row) is kind][: self._most]
+                if keys:
+                    rows = [self._waiting.pop(key) for key in keys]
+                    self._batches[kind] = _Batch(keys, set(keys), run(rows))
+        ended: list[tuple[int, Result]] = []
+        for kind, batch in list(self._batches.items()):
+            found = next(batch.results, None)
+            if found is not None and (key := batch.keys[found[0]]) in batch.wanted:
+                batch.wanted.remove(key)
+                ended.append((key, found[1]))
+            if not batch.wanted:
+                del self._batches[kind]
+        return ended
+
+
+@dataclass(slots=True)
+class _Batch:
+    keys: list[int]
+    wanted: set[int]
+    results: Iterator[tuple[int, Result] | None]

@@ -1,7 +1,8 @@
 """`LanguageModel` on transformers, the default: LLaMA-like decoders of its library, PEFT adapters beside them."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -59,6 +60,11 @@ class TransformersModel(Engine):
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
         """Generate one response for each row; each comes out as soon as it has ended."""
+        with closing(self.stepwise(rows)) as steps:
+            yield from (found for found in steps if found is not None)
+
+    def stepwise(self, rows: Sequence[GenerateRow]) -> Generator[tuple[int, Completion | RowError] | None]:
+        """Generate as `generate` does, and give None after each token of a batch, so that others may have a turn."""
 
         def job(index: int, row: GenerateRow) -> Job:
             self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
@@ -68,14 +74,15 @@ class TransformersModel(Engine):
         jobs: list[Job] = []
         yield from _refused(rows, job, jobs)
 
-        def decode(batch: list[int]) -> Iterator[tuple[int, Reply | RowRejected]]:
+        def decode(batch: list[int]) -> Iterator[tuple[int, Reply | RowRejected] | None]:
             members = [rows[index] for index in batch]
             decoding = Decoding(self._chosen(members[0]), members, self.info.eos_ids, self._device)
             while decoding.live:
                 yield from ((batch[place], outcome) for place, outcome in decoding.step())
+                yield None
 
-        for index, outcome in self._in_halves(jobs, decode):
-            yield index, self._completion(rows[index], outcome)
+        for found in self._in_halves(jobs, decode):
+            yield None if found is None else (found[0], self._completion(rows[found[0]], found[1]))
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
@@ -90,16 +97,16 @@ class TransformersModel(Engine):
         jobs: list[Job] = []
         yield from _refused(rows, job, jobs)
 
-        def read(batch: list[int]) -> Iterator[tuple[int, list[float] | RowRejected]]:
+        def read(batch: list[int]) -> Iterator[tuple[int, list[float] | RowRejected] | None]:
             members = [rows[index] for index in batch]
             yield from zip(batch, score(self._chosen(members[0]), members, self._device), strict=True)
 
-        for index, outcome in self._in_halves(jobs, read):
+        for index, outcome in filter(None, self._in_halves(jobs, read)):
             yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
 
     def _in_halves(
-        self, jobs: Sequence[Job], run: Callable[[list[int]], Iterator[tuple[int, _Outcome]]]
-    ) -> Iterator[tuple[int, _Outcome | RowRejected]]:
+        self, jobs: Sequence[Job], run: Callable[[list[int]], Iterator[tuple[int, _Outcome] | None]]
+    ) -> Iterator[tuple[int, _Outcome | RowRejected] | None]:
         """Run batch after batch; one that runs out of memory again in two halves, without the rows that came out."""
         sizes = {job.index: job.length + job.new_tokens for job in jobs}
         waiting = deque(batches(jobs, self._batch_size))
@@ -107,9 +114,10 @@ class TransformersModel(Engine):
             batch = waiting.popleft()
             left = set(batch)
             try:
-                for index, outcome in run(batch):
-                    left.remove(index)
-                    yield index, outcome
+                for found in run(batch):
+                    if found is not None:
+                        left.remove(found[0])
+                    yield found
                 continue
             except Exception as error:
                 if not ran_out(error):

@@ -7,13 +7,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import httpx
 import orjson
 
-from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, RowRejected
+from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest, RowRejected
 from alpaca_core.host.protocol import (
+    MOST_BYTES,
+    MOST_TOKENS,
     GenerateJson,
     ModelReply,
     ModelRequest,
@@ -23,18 +26,29 @@ from alpaca_core.host.protocol import (
     read_error,
     read_result,
 )
-from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, shapes_of
+from alpaca_core.model import (
+    DEFAULT_ADAPTER,
+    Completion,
+    GenerateRow,
+    ModelInfo,
+    RowError,
+    ScoreRow,
+    check_fits,
+    shapes_of,
+)
 from alpaca_core.spec import ModelSpec
 from alpaca_core.tokenizer import Tokenizer
 
 _CHUNK = 256
 """Rows of one request."""
+_CHUNK_BYTES = MOST_BYTES // 4
+"""Bytes of one request, as they are guessed: eight for each token."""
 _STREAMS = 4
 """Requests of one call at once: while the last rows of one end, the next one's have begun."""
-_SILENCE = 60.0
-"""Seconds without a byte after which a host counts as gone; one that lives says so more often."""
 _PATIENCE = 600.0
 """Seconds without any result, in which a host that is gone or busy is tried again."""
+_CONTACT = 30.0
+"""Seconds for a host to be there at all, when it is asked for the first time."""
 
 Row = TypeVar("Row", GenerateRow, ScoreRow)
 Result = Completion | list[float] | RowError
@@ -44,6 +58,24 @@ class Connect(Protocol):
     """Opens a connection to the host, which it starts where it can: again after the host has died."""
 
     def __call__(self) -> httpx.Client: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connection, and what the host at its other end said of the model: names of adapters hold there alone."""
+
+    http: httpx.Client
+    told: ModelReply
+
+    def write(self, row: GenerateJson | ScoreJson) -> dict[str, Any]:
+        """Write a row, with its adapter as this host calls it."""
+        told = row.model_dump(mode="json")
+        told["adapter"] = None if row.adapter is None else self.told.adapters.get(row.adapter)
+        return told
+
+
+class _Changed(HostUnavailable):
+    """What a spec means has become another model, so that it is of no use to try again."""
 
 
 class HostModel:
@@ -56,6 +88,7 @@ class HostModel:
         spec: What is asked for.
         connect: Opens connections.
         patience: Seconds without any result after which a call gives up.
+        called: The same with names as the caller gave them, for `info`; None is `spec`.
 
     Raises:
         HostUnavailable: If the host cannot be reached.
@@ -63,19 +96,20 @@ class HostModel:
         InvalidRequest: If it keeps another model, or speaks another version.
     """
 
-    def __init__(self, spec: ModelSpec, connect: Connect, patience: float = _PATIENCE) -> None:
-        self._spec, self._connect, self._patience = spec, connect, patience
-        self._me = uuid.uuid4().hex
+    def __init__(
+        self, spec: ModelSpec, connect: Connect, patience: float = _PATIENCE, called: ModelSpec | None = None
+    ) -> None:
+        self._spec, self._connect, self.patience, self._called = spec, connect, patience, called or spec
+        self._headers = {"alpaca-client": uuid.uuid4().hex}
         self._lock = threading.Lock()
-        self._generation = 0
-        self._http = connect()
-        self._told: ModelReply = self._until_patience_ends(self._ask)
-        self._tokenizer: Tokenizer = self._until_patience_ends(self._ask_tokenizer)
+        self._calls: set[_Call] = set()
+        self._closed = False
+        self.session, self._tokenizer = self._first()
 
     @property
     def info(self) -> ModelInfo:
         """What the model is, as one who loads the spec in its own process would see it."""
-        return self._told.info
+        return self.session.told.info
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -83,8 +117,12 @@ class HostModel:
         return self._tokenizer
 
     def close(self) -> None:
-        """Close the connections; the host goes on."""
-        self._http.close()
+        """Close the connections; the host goes on. Iterators that are still open raise at their next step."""
+        self._closed = True
+        for call in list(self._calls):
+            call.cancel()
+            call.results.put(self._is_closed())
+        self.session.http.close()
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
         """Generate one response for each row; rows come out as they end."""
@@ -97,21 +135,26 @@ class HostModel:
     def _run(
         self, path: str, rows: Sequence[Row], write: Callable[[Row], GenerateJson | ScoreJson]
     ) -> Iterator[tuple[int, Result]]:
+        if self._closed:
+            raise self._is_closed()
         ready: list[tuple[int, Row]] = []
         for index, row in enumerate(rows):
             try:
                 self.info.adapter(row.adapter)
+                _check_size(row, self.info)
                 ready.append((index, row))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
-        chunks = [ready[first : first + _CHUNK] for first in range(0, len(ready), _CHUNK)]
-        if not chunks:
+        if not ready:
             return
-        call = _Call(self, path, write, chunks)
+        call = _Call(self, path, self._headers, write, list(_chunks(ready)))
+        self._calls.add(call)
         try:
             left = len(ready)
             while left:
                 found = call.results.get()
+                if self._closed:
+                    raise self._is_closed()
                 if isinstance(found, BaseException):
                     raise found
                 left -= 1
@@ -120,59 +163,102 @@ class HostModel:
                 if shape and shape != self.info.shape:
                     self._refresh()
         finally:
+            self._calls.discard(call)
             call.cancel()
 
-    def _row(self, row: GenerateJson | ScoreJson) -> dict[str, Any]:
-        """Write a row, with its adapter as this host calls it."""
-        told = row.model_dump(mode="json")
-        told["adapter"] = None if row.adapter is None else self._told.adapters.get(row.adapter)
-        return told
+    def reconnect(self, before: Session) -> None:
+        """Open a new connection, unless another thread has done so since `before`.
+
+        Raises:
+            HostError: If that failed; it may be tried again, but not where the model has become another one.
+            LoadError: If the host cannot load the model any more.
+        """
+        with self._lock:
+            if self.session is not before or self._closed:
+                return
+            session = self._open()
+            old, new = before.told.info, session.told.info
+            if new.digest != old.digest and new.unshaped_digest != (old.unshaped_digest or None):
+                session.http.close()
+                raise _Changed(
+                    f"a call's rows are all of one model, but {self._spec.base_model!r} has become another one "
+                    "since it was loaded. Load it again."
+                )
+            self.session = session
+
+    def _first(self) -> tuple[Session, Tokenizer]:
+        wait, contact = _Wait(self.patience), _Wait(min(self.patience, _CONTACT))
+        while True:
+            http = self._connect()
+            try:
+                session = Session(http, self._ask(http))
+                told = TokenizerReply.model_validate(_checked(http.get("/v1/tokenizer")))
+                return session, Tokenizer(told.definition, told.eos_ids, told.named)
+            except (httpx.TransportError, HostError) as error:
+                http.close()
+                (contact if isinstance(error, httpx.ConnectError) else wait)(error)
+            except BaseException:
+                http.close()
+                raise
+
+    def _open(self) -> Session:
+        http = self._connect()
+        try:
+            return Session(http, self._ask(http))
+        except BaseException:
+            http.close()
+            raise
+
+    def _ask(self, http: httpx.Client) -> ModelReply:
+        body = ModelRequest(spec=self._spec).model_dump(mode="json")
+        reply = _checked(http.post("/v1/model", json=body, headers=self._headers))
+        check_version(reply.get("protocol"))
+        told = ModelReply.model_validate(reply)
+        return told.model_copy(update={"info": self._named(told.info)})
+
+    def _named(self, info: ModelInfo) -> ModelInfo:
+        """Call the model and its adapters as the caller does, whose paths may have been made absolute."""
+        called = self._called
+        sources = {each.name: each.source for each in called.adapters} | {DEFAULT_ADAPTER: called.adapter}
+        adapters = [each.model_copy(update={"source": sources.get(each.name) or each.source}) for each in info.adapters]
+        return info.model_copy(update={"name": called.base_model, "adapters": tuple(adapters)})
 
     def _refresh(self) -> None:
         """Ask again what the model is: its shape may have become a smaller one."""
-        with suppress(AlpacaError, httpx.HTTPError):
-            self._told = self._ask()
+        with suppress(AlpacaError, httpx.HTTPError), self._lock:
+            self.session = Session(self.session.http, self._ask(self.session.http))
 
-    def _reconnect(self, generation: int) -> None:
-        """Open a new connection, unless another thread has since `generation`.
+    def _is_closed(self) -> InvalidRequest:
+        return InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
 
-        Raises:
-            HostError: If that failed; it may be tried again.
-        """
-        with self._lock:
-            if generation == self._generation:
-                self._http = self._connect()
-                told = self._ask()
-                if told.info.digest != self.info.digest and told.info.unshaped_digest != self.info.unshaped_digest:
-                    raise HostUnavailable(
-                        f"a call's rows are all of one model, but {self._spec.base_model!r} has become another one "
-                        "since it began. Run it again."
-                    )
-                self._told = told
-                self._generation += 1
 
-    def _ask(self) -> ModelReply:
-        reply = self._post("/v1/model", ModelRequest(spec=self._spec).model_dump(mode="json"))
-        check_version(reply.get("protocol"))
-        return ModelReply.model_validate(reply)
+def _check_size(row: GenerateRow | ScoreRow, info: ModelInfo) -> None:
+    """Refuse a row that is too large to be sent, as an engine would that has seen it.
 
-    def _ask_tokenizer(self) -> Tokenizer:
-        told = TokenizerReply.model_validate(_checked(self._http.get("/v1/tokenizer")))
-        return Tokenizer(told.definition, told.eos_ids, told.named)
+    Raises:
+        RowRejected: With code ``prompt_too_long``.
+    """
+    if len(row.prompt_ids) > MOST_TOKENS:
+        if isinstance(row, GenerateRow):
+            check_fits(len(row.prompt_ids), row.sampling.max_new_tokens, info)
+        else:
+            deepest = max(row.continuations.depths(), default=0)
+            check_fits(len(row.prompt_ids), deepest, info, "the longest continuation")
 
-    def _post(self, path: str, body: object) -> dict[str, Any]:
-        # loading may take minutes, and is not a stream with signs of life
-        return _checked(self._http.post(path, json=body, timeout=httpx.Timeout(_SILENCE, read=None)))
 
-    def _until_patience_ends(self, ask: Callable[[], Any]) -> Any:
-        wait = _Wait(self._patience)
-        while True:
-            try:
-                return ask()
-            except (httpx.TransportError, HostError) as error:
-                wait(error)
-            with suppress(HostError):
-                self._http = self._connect()
+def _chunks(rows: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Put rows together that are sent in one request: not too many, and not too much."""
+    chunk: list[tuple[int, Row]] = []
+    size = 0
+    for index, row in rows:
+        trie = 0 if isinstance(row, GenerateRow) else 2 * len(row.continuations.tokens)
+        bytes_ = 8 * (len(row.prompt_ids) + trie)
+        if chunk and (len(chunk) == _CHUNK or size + bytes_ > _CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((index, row))
+        size += bytes_
+    yield chunk
 
 
 class _Call:
@@ -182,10 +268,11 @@ class _Call:
         self,
         model: HostModel,
         path: str,
+        headers: dict[str, str],
         write: Callable[[Any], GenerateJson | ScoreJson],
         chunks: list[list[tuple[int, Any]]],
     ) -> None:
-        self._model, self._path, self._write = model, path, write
+        self._model, self._path, self._headers, self._write = model, path, headers, write
         self.results: queue.SimpleQueue[tuple[int, Result] | BaseException] = queue.SimpleQueue()
         self._chunks = iter(chunks)
         self._lock = threading.Lock()
@@ -211,40 +298,46 @@ class _Call:
                     return
                 self._finish(dict(chunk))
         except BaseException as error:
-            self.results.put(error)
+            if not self._cancelled.is_set():
+                self.results.put(error)
 
     def _finish(self, left: dict[int, Any]) -> None:
         """Ask for rows, and again for those that have not come out when a connection broke."""
-        wait = _Wait(self._model._patience)
+        wait = _Wait(self._model.patience)
         while left and not self._cancelled.is_set():
-            before, generation = len(left), self._model._generation
+            session, before = self._model.session, len(left)
             try:
-                self._ask(left)
+                self._ask(session, left)
                 problem: Exception = HostUnavailable("the host ended its answer before all rows had come.")
             except HostBusy as error:
                 wait(error)
                 continue
             except (httpx.TransportError, httpx.StreamError, HostError, OSError) as error:
                 problem = error
-            if self._cancelled.is_set() or not left:
-                return
             if len(left) < before:
-                wait = _Wait(self._model._patience)
-            wait(problem)
-            with suppress(HostError, httpx.TransportError):
-                self._model._reconnect(generation)
+                wait = _Wait(self._model.patience)
+            while left and not self._cancelled.is_set():
+                wait(problem)
+                try:
+                    self._model.reconnect(session)
+                    break
+                except _Changed:
+                    raise
+                except (httpx.TransportError, HostError) as error:
+                    problem = error
 
-    def _ask(self, left: dict[int, Any]) -> None:
+    def _ask(self, session: Session, left: dict[int, Any]) -> None:
         order = list(left)
-        body = {"rows": [self._model._row(self._write(left[index])) for index in order]}
-        headers = {"alpaca-client": self._model._me}
-        with self._model._http.stream("POST", self._path, json=body, headers=headers) as response:
+        body = {"rows": [session.write(self._write(left[index])) for index in order]}
+        with session.http.stream("POST", self._path, json=body, headers=self._headers) as response:
             with self._lock:
                 self._open.add(response)
             try:
                 if response.status_code != 200:
                     response.read()
                     _checked(response)
+                if self._cancelled.is_set():  # before there was anything to hang up
+                    return
                 for line in response.iter_lines():
                     if self._cancelled.is_set():
                         return

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from functools import lru_cache
-from threading import Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 from alpaca_core.engines.feeding import BatchFeed
@@ -37,12 +37,15 @@ class Pipe:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._sending = Lock()
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         Thread(target=self._read, daemon=True).start()
 
     def send(self, **message: object) -> None:
         """Send one line."""
-        self._connection.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        with self._sending:
+            self._connection.sendall(line)
 
     def _read(self) -> None:
         with self._connection.makefile("rb") as lines:
@@ -56,14 +59,22 @@ def main() -> None:
     faulthandler.enable()
     pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
     spec = ModelSpec.model_validate(pipe.inbox.get()["load"])
+    loaded = Event()
+    Thread(target=_say_loading, args=(pipe, loaded), daemon=True).start()
     try:
         with open_model(spec) as model:
+            loaded.set()
             tokenizer = model.tokenizer
             told = {"definition": tokenizer.definition, "eos_ids": tokenizer.eos_ids, "named": tokenizer.named}
             pipe.send(ready=model.info.model_dump(mode="json"), tokenizer=told)
             _run(pipe, model, spec.batch_size)
     except AlpacaError as error:
         pipe.send(failed=write_error(error))
+
+
+def _say_loading(pipe: Pipe, loaded: Event) -> None:
+    while not loaded.wait(_PULSE):
+        pipe.send(loading=True)
 
 
 def _run(pipe: Pipe, model: LanguageModel, batch_size: int) -> None:

@@ -11,18 +11,28 @@ from typing import IO, Any
 import psutil
 
 from alpaca_core.adapters import Adapter, find_adapters
-from alpaca_core.errors import AlpacaError, HostUnavailable, InvalidRequest, LoadError, NotEnoughMemory
+from alpaca_core.errors import (
+    AlpacaError,
+    DigestMismatch,
+    HostError,
+    HostUnavailable,
+    InvalidRequest,
+    LoadError,
+    NotEnoughMemory,
+)
 from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
 from alpaca_core.host.supervisor import Engine, Loaded
-from alpaca_core.identity import as_asked
+from alpaca_core.identity import as_asked, identity
 from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
 from alpaca_core.spec import ModelSpec, NamedAdapter
 
 _GIB = 2**30
 _LOADS = 5
-"""Loads in a row that may fail after the first one that did not."""
+"""Loads in a row that may fail after one that did not: whatever is in the way may go."""
+_FIRST_LOADS = 3
+"""Before one did not: times that the engine may die as it loads. What it says itself is final."""
 _DRAIN = 30.0
 """Seconds that rows get to end before an engine is replaced on purpose; those that have not are run again."""
 
@@ -89,6 +99,7 @@ class WarmModel:
         self._spec, self.settings = spec, settings
         self._log, self._inherited, self._make_room = log, inherited, make_room
         self._started = time.monotonic()
+        self._merged = [found.info.digest for found in find_adapters(spec)] if spec.merge_adapter else []
         self._adapters = _by_digest(spec, find_adapters(spec))
         self._base = find_base_apart(spec)
         self.key = key_of(spec, self._base)
@@ -101,6 +112,7 @@ class WarmModel:
         self._changing = asyncio.Lock()
         self._refused: dict[str, LoadError] = {}
         self._task: asyncio.Task[None] | None = None
+        self._was_loaded = False
         self.restarts = 0
 
     def start(self) -> None:
@@ -110,10 +122,7 @@ class WarmModel:
     async def stop(self) -> None:
         """End the engine. Rows that have not come out get an error."""
         self.leaving = True
-        if self._task is not None:
-            self._task.cancel()
-        if self._engine is not None:
-            await self._engine.stop()
+        await self._halt()
         self.scheduler.fail(HostUnavailable("the host has been stopped. Run it again."))
 
     async def model(self, spec: ModelSpec) -> ModelReply:
@@ -123,6 +132,7 @@ class WarmModel:
             InvalidRequest: If the spec means another base, or bits of it, or device, than this host has.
             LoadError: If the model, or an adapter, cannot be loaded.
         """
+        self.scheduler.used = time.monotonic()
         base, adapters = await asyncio.to_thread(lambda: (find_base_apart(spec), find_adapters(spec)))
         if (key := key_of(spec, base)) != self.key:
             raise InvalidRequest(
@@ -161,7 +171,7 @@ class WarmModel:
 
     def idle(self) -> float:
         """Seconds since there was something to do; 0 while it loads."""
-        if self.scheduler.running or self.scheduler.waiting or (self.loaded is None and self.error is None):
+        if self.scheduler.running or self.scheduler.waiting or not self._ready.is_set():
             return 0.0
         return time.monotonic() - self.scheduler.used
 
@@ -206,60 +216,49 @@ class WarmModel:
             missing = {digest: adapter for digest, adapter in wanted.items() if digest not in self._adapters}
             if not missing:
                 return
+            names = ", ".join(repr(adapter.source) for adapter in missing.values())
             if self.settings.fixed:
-                names = ", ".join(repr(adapter.source) for adapter in missing.values())
                 raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
             await self._when_ready()
+            self.scheduler.pause()
+            ends = time.monotonic() + _DRAIN
+            while self.scheduler.running and time.monotonic() < ends:
+                await asyncio.sleep(0.02)
+            await self._halt()
+            self._ready.clear()
+            self.scheduler.died(0.0)
             before, self._adapters = self._adapters, {**self._adapters, **missing}
             try:
-                await self._replace()
-            except LoadError as error:
-                self._refused.update(dict.fromkeys(missing, error))
+                await self._load_again(_FIRST_LOADS)
+            except AlpacaError as error:  # it is for those alone who asked for these adapters
                 self._adapters = before
-                await self._replace()
-                raise
+                if not isinstance(error, LoadError):
+                    error = LoadError(f"an engine has to live through its load, but with {names}: {error}")
+                if not isinstance(error, NotEnoughMemory):
+                    self._refused.update(dict.fromkeys(missing, error))
+                raise error from None
+            finally:
+                self._task = asyncio.create_task(self._keep())
 
-    async def _replace(self) -> None:
-        """Let the rows at the engine end, and start another one.
-
-        Raises:
-            LoadError: What the load raised; there is no engine then.
-        """
-        self.scheduler.pause()
-        ends = time.monotonic() + _DRAIN
-        while self.scheduler.running and time.monotonic() < ends:
-            await asyncio.sleep(0.02)
-        assert self._task is not None
-        assert self._engine is not None
-        self._task.cancel()
-        await self._engine.stop()
-        self.scheduler.died(0.0)
-        self._ready.clear()
-        self.loaded = None
-        self._task = asyncio.create_task(self._keep())
-        try:
-            await self._when_ready()
-        except LoadError:
-            self.error = None
-            raise
+    async def _halt(self) -> None:
+        """End the engine, and whoever listens to it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._engine is not None:
+            await self._engine.stop()
 
     async def _keep(self) -> None:
-        """Load an engine, listen to it, and load another when it dies."""
-        failures = 0
-        while True:
-            loads_again = self.loaded is not None
-            try:
-                await self._load()
-            except AlpacaError as error:
-                failures += 1
-                if loads_again and failures < _LOADS:  # it has been loaded before: whatever is in the way may go
-                    await asyncio.sleep(failures)
-                    continue
-                self.error = error
-                self._ready.set()
-                self.scheduler.fail(error)
-                return
-            failures = 0
+        """Load an engine where there is none, listen to it, and load another when it dies."""
+        while not self.leaving:
+            if not self._ready.is_set():
+                try:
+                    await self._load_again(_LOADS if self._was_loaded else _FIRST_LOADS)
+                except AlpacaError as error:
+                    self.error = error
+                    self._ready.set()
+                    self.scheduler.fail(error)
+                    return
             assert self._engine is not None
             code = await self._engine.listen(self.settings.hang, lambda: self.scheduler.running > 0)
             self.restarts += 1
@@ -267,22 +266,59 @@ class WarmModel:
             # SIGKILL and SIGTERM come from outside: from a person, or from a system that is short of memory
             self.scheduler.died(0.25 if code in (-9, -15) else 1.0)
 
+    async def _load_again(self, times: int) -> None:
+        """Load, so many times where it may help: an engine that died, or a model that has been loaded before.
+
+        Raises:
+            LoadError: If the model cannot be loaded, or its files have become another model's.
+            HostUnavailable: If the engine cannot be started, or dies again and again.
+        """
+        for failures in range(1, times + 1):
+            try:
+                await self._load()
+                return
+            except DigestMismatch:
+                raise
+            except (AlpacaError, OSError) as found:
+                error = found if isinstance(found, AlpacaError) else _no_process(found)
+                if failures == times or self.leaving or not (self._was_loaded or isinstance(error, HostError)):
+                    raise error from None
+            await asyncio.sleep(failures)
+
     async def _load(self) -> None:
         spec = self._spec
         if not spec.merge_adapter:
             named = {"adapter": None, "adapter_revision": None, "adapters": tuple(self._adapters.values())}
             spec = spec.model_copy(update=named)
         while True:
+            if self.leaving:
+                raise HostUnavailable("the host is being stopped. Run it again.")
             self._engine = Engine(spec, self._heard, self._log, self._inherited)
             try:
-                self.loaded = await self._engine.start()
+                loaded = await self._engine.start(self.settings.hang)
             except NotEnoughMemory:
                 if not await self._make_room():
                     raise
             else:
                 break
-        self.scheduler.begin(self._spec.batch_size)
+        if not self._is_ours(loaded.info):
+            await self._engine.stop()
+            raise DigestMismatch(
+                f"a host keeps one model, but files of {spec.base_model!r} or its adapters have become others since it "
+                "began. Load the model again: its own host starts."
+            )
+        self.loaded, self._was_loaded = loaded, True
         self._ready.set()
+        self.scheduler.begin(self._spec.batch_size)
+
+    def _is_ours(self, info: ModelInfo) -> bool:
+        """Whether an engine has loaded the bytes that this host's key stands for, and adapters that are their names."""
+        if self._spec.merge_adapter:
+            same = [adapter.digest for adapter in info.adapters] == self._merged
+        else:
+            same = {adapter.digest for adapter in info.adapters} == set(self._adapters)
+        told = identity(self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter)
+        return same and told == (info.unshaped_digest or info.digest)
 
     async def _when_ready(self) -> Loaded:
         await self._ready.wait()
@@ -302,6 +338,10 @@ class WarmModel:
             self.scheduler.heard(message["ended"], message["tokens"])
         elif "info" in message and self.loaded is not None:
             self.loaded = replace(self.loaded, info=ModelInfo.model_validate(message["info"]))
+
+
+def _no_process(error: OSError) -> HostUnavailable:
+    return HostUnavailable(f"an engine is a process of its own, but none can be started ({error}). Try again later.")
 
 
 def _by_digest(spec: ModelSpec, adapters: Sequence[Adapter]) -> dict[str, NamedAdapter]:

@@ -1,25 +1,29 @@
 """Which process runs a spec's model, and how its host is started where none runs."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 from filelock import FileLock, Timeout
 
+from alpaca_core.cache import cache_folder
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.client import HostModel
-from alpaca_core.host.neighbours import connection
-from alpaca_core.host.place import find_base_apart, key_of, runtime_folder
+from alpaca_core.host.neighbours import ANY_NUMBER, connection
+from alpaca_core.host.place import absolute, find_base_apart, key_of, runtime_folder
 from alpaca_core.host.supervisor import plain_environment
 from alpaca_core.spec import ModelSpec
 
 _START = 120.0
 """Seconds for a host to listen; its predecessor's engine may have to end first."""
+_ATTEMPTS = 3
+"""Times that a host is started which somebody kills before it listens."""
 _STREAM = httpx.Timeout(60.0, connect=10.0)
 
 
@@ -52,7 +56,11 @@ def at_host(spec: ModelSpec, choice: str) -> Iterator[HostModel]:
         HostUnavailable: If the host cannot be reached or started.
         LoadError: If it cannot load the model.
     """
-    model = HostModel(spec, (lambda: local(spec)) if choice == "auto" else (lambda: remote(choice)))
+    if choice == "auto":
+        there = absolute(spec)
+        model = HostModel(there, lambda: local(there), called=spec)
+    else:
+        model = HostModel(spec, lambda: remote(choice))
     try:
         yield model
     finally:
@@ -63,7 +71,7 @@ def remote(url: str) -> httpx.Client:
     """Open a client of a host's URL, with ``$ALPACA_HOST_TOKEN`` where that is set."""
     token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM)
+    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM, limits=ANY_NUMBER)
 
 
 def local(spec: ModelSpec) -> httpx.Client:
@@ -79,8 +87,9 @@ def local(spec: ModelSpec) -> httpx.Client:
     if not _answers(path):
         try:
             with FileLock(folder / f"{key}.start", timeout=2 * _START):
-                if not _answers(path):
-                    _start(spec, key, folder)
+                for attempt in range(_ATTEMPTS):
+                    if _answers(path) or _start(spec, key, folder, last=attempt == _ATTEMPTS - 1):
+                        break
         except Timeout:
             raise HostUnavailable(
                 f"a host starts within {2 * _START:.0f} s, but another process has held {folder / key}.start for so "
@@ -104,30 +113,39 @@ def _answers(path: Path) -> bool:
         return False
 
 
-def _start(spec: ModelSpec, key: str, folder: Path) -> None:
-    """Start the host as a process of its own, which outlives this one, and wait until it listens."""
+def _start(spec: ModelSpec, key: str, folder: Path, *, last: bool) -> bool:
+    """Start the host as a process of its own, which outlives this one, and wait until it listens.
+
+    Returns:
+        Whether it does; False where it was killed before, unless it was the `last` attempt.
+    """
     path = folder / f"{key}.log"
+    # its own folder of work is another, and paths may be relative to this one
+    places = {"ALPACA_RUNTIME": str(folder.absolute()), "ALPACA_CACHE": str(cache_folder().absolute())}
     with path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "alpaca_core.host.server", key],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=plain_environment(),
+            env=plain_environment() | places,
             cwd="/",
             start_new_session=True,
         )
-        assert process.stdin is not None
-        with process.stdin as given:
-            given.write(spec.model_dump_json().encode())
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as given:  # it has ended already, and its log says why
+        given.write(spec.model_dump_json().encode())
     ends = time.monotonic() + _START
     while time.monotonic() < ends:
-        if process.poll() is not None:
-            raise HostUnavailable(f"the host ended with code {process.returncode} as it started: {_tail(path)}")
+        if (code := process.poll()) is not None:
+            if code in (-signal.SIGKILL, -signal.SIGTERM) and not last:
+                return False
+            raise HostUnavailable(f"the host ended with code {code} as it started: {_tail(path)}")
         if _answers(folder / f"{key}.sock"):
-            return
+            return True
         time.sleep(0.03)
     process.kill()
+    process.wait()
     raise HostUnavailable(f"a host listens within {_START:.0f} s, but this one did not: {_tail(path)}")
 
 

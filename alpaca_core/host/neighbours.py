@@ -12,15 +12,17 @@ from alpaca_core.host.place import device_of, runtime_folder
 from alpaca_core.host.protocol import Status
 from alpaca_core.spec import ModelSpec
 
+ANY_NUMBER = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+"""Of connections: a thread that has rows never waits for another thread's."""
+
 _PATIENCE = 30.0
 """Seconds for a host to go."""
 
 
 def connection(path: Path, timeout: float) -> httpx.Client:
     """Open a client of a host's Unix socket; `timeout` is in seconds, for each wait."""
-    transport = httpx.HTTPTransport(
-        uds=str(path), verify=False
-    )  # there is no TLS to verify, and certificates take time
+    # there is no TLS here, and reading certificates takes time
+    transport = httpx.HTTPTransport(uds=str(path), verify=False, limits=ANY_NUMBER)
     return httpx.Client(transport=transport, base_url="http://alpaca", timeout=timeout)
 
 

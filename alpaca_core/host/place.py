@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from alpaca_core.adapters import find_adapters
-from alpaca_core.checkpoints import Checkpoint, Convert, find_base
+from alpaca_core.checkpoints import Checkpoint, Convert, find_base, local_path
 from alpaca_core.errors import HostUnavailable, InvalidCheckpoint
 from alpaca_core.host.protocol import VERSION
-from alpaca_core.spec import ModelSpec, digest_of
+from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec, digest_of
 
 _LONGEST = 100
 """Bytes of a Unix socket's path; systems refuse a little more than that."""
@@ -50,6 +50,18 @@ def runtime_folder() -> Path:
     if len(os.fsencode(folder)) + len("/0123456789abcdef.start") > _LONGEST:
         raise HostUnavailable(f"a socket's path has at most {_LONGEST} bytes, but {folder} is too long. {remedy}")
     return folder
+
+
+def absolute(spec: ModelSpec) -> ModelSpec:
+    """Write a spec's paths so that they mean the same in a process that works in another folder."""
+
+    def whole(source: str) -> str:
+        path = local_path(source)
+        return str(path.absolute()) if source != EMBEDDED_MODEL and path.exists() else source
+
+    adapters = [each.model_copy(update={"source": whole(each.source)}) for each in spec.adapters]
+    own = whole(spec.adapter) if spec.adapter else spec.adapter
+    return spec.model_copy(update={"base_model": whole(spec.base_model), "adapter": own, "adapters": tuple(adapters)})
 
 
 def find_base_apart(spec: ModelSpec) -> Checkpoint:

@@ -34,18 +34,17 @@ MOST_BYTES = 32 * 2**20
 MOST_TOKENS = 1_000_000
 """Tokens of one row's prompt, or of its trie."""
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(max_length=256)]
 Kind = Literal["generate", "loglikelihood"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class GenerateJson(Value):
-    """A `GenerateRow` in JSON."""
+    """A `GenerateRow` in JSON. Token ids may be any whole numbers: the engine refuses rows of strange ones."""
 
-    prompt_ids: tuple[Token, ...] = Field(max_length=MOST_TOKENS)
+    prompt_ids: tuple[int, ...] = Field(max_length=MOST_TOKENS)
     sampling: Sampling = Sampling()
-    sample_index: int = Field(default=0, ge=0, lt=2**63)
+    sample_index: int = 0
     adapter: Name | None = DEFAULT_ADAPTER
 
     @classmethod
@@ -63,8 +62,8 @@ class GenerateJson(Value):
 class ScoreJson(Value):
     """A `ScoreRow` in JSON: node ``i`` of its trie is ``tokens[i]`` after node ``parents[i]``, or -1."""
 
-    prompt_ids: tuple[Token, ...] = Field(max_length=MOST_TOKENS)
-    tokens: tuple[Token, ...] = Field(max_length=MOST_TOKENS)
+    prompt_ids: tuple[int, ...] = Field(max_length=MOST_TOKENS)
+    tokens: tuple[int, ...] = Field(max_length=MOST_TOKENS)
     parents: tuple[Annotated[int, Field(ge=-1)], ...] = Field(max_length=MOST_TOKENS)
     adapter: Name | None = DEFAULT_ADAPTER
 

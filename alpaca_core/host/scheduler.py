@@ -4,8 +4,8 @@ The engine gets no more rows than keep it busy, so that a row of a client that h
 that run, and not for the million of another client.
 
 A row may be what the engine dies of. Rows that were there when it died are run again together; those that were there
-at two such deaths are then run one at a time, nothing beside them, and one that was alone when it died again gets an
-error. A kill from outside counts as a quarter of a death, since rows are seldom its reason.
+at two such deaths are then run one at a time, nothing beside them, and one of which it has died twice, once of it
+alone, gets an error. A kill from outside counts as a quarter of a death, since rows are seldom its reason.
 """
 
 import asyncio
@@ -24,7 +24,9 @@ _AHEAD = 1.0
 """Seconds of judging that the engine has before it: passes take rows of many clients together."""
 _MOST_AHEAD = 512
 _DEATHS = 2.0
-"""Deaths of the engine after which a row is run alone, and after which it has killed it if it was alone."""
+"""Deaths of the engine after which a row is run alone."""
+_ALONE = 1.0
+"""Deaths, of those, with no other row there, after which it was the row."""
 
 
 class Ticket:
@@ -47,6 +49,7 @@ class _Row:
     kind: Kind
     row: Json
     deaths: float = 0.0
+    alone: float = 0.0  # those of its deaths at which no other row was there
 
 
 @dataclass(slots=True)
@@ -73,10 +76,12 @@ class _Line:
 
     def drop(self, ticket: Ticket) -> int:
         """Take out what waits of a ticket; return how many rows it was."""
-        rows = self.clients.pop(ticket.client, deque())
+        rows = self.clients.get(ticket.client, deque())
         kept = deque(row for row in rows if row.ticket is not ticket)
         if kept:
-            self.clients[ticket.client] = kept
+            self.clients[ticket.client] = kept  # its turn stays what it was
+        else:
+            self.clients.pop(ticket.client, None)
         return len(rows) - len(kept)
 
 
@@ -123,12 +128,12 @@ class Scheduler:
         return sum(each[2] for each in self._recent) / 10, sum(each[3] for each in self._recent) / 10
 
     def submit(self, client: str, kind: Kind, rows: list[Json]) -> Ticket:
-        """Line up rows of a client.
+        """Line up rows of a client. Where none wait they may be more than the limit, or they could never come.
 
         Raises:
             HostBusy: If too many rows wait.
         """
-        if self.waiting + len(rows) > self.limit:
+        if self.waiting and self.waiting + len(rows) > self.limit:
             raise HostBusy(
                 f"at most {self.limit:,} rows wait at a host, but {self.waiting:,} do, and {len(rows):,} more came. "
                 "Try again later."
@@ -180,7 +185,7 @@ class Scheduler:
 
     def begin(self, slots: int) -> None:
         """Give rows to an engine that is ready, and computes so many together."""
-        self._open, self._slots = True, slots
+        self._open, self._slots, self.used = True, slots, time.monotonic()
         self._lines["generate"].window = slots + max(1, slots // 4)
         self._lines["loglikelihood"].window = 2 * slots
         self._fill()
@@ -199,14 +204,13 @@ class Scheduler:
         alone = len(self._running) == 1
         for row in self._running.values():
             row.deaths += weight
-            if alone and weight and row.deaths >= _DEATHS:
+            row.alone += weight if alone else 0.0
+            if alone and weight and row.deaths >= _DEATHS and row.alone >= _ALONE:
                 self._hand_out(row, _killer())
             else:
                 self._again.append(row)
                 self.waiting += 1
-        self._running.clear()
-        for line in self._lines.values():
-            line.running = 0
+        self._forget_running()
 
     def fail(self, error: AlpacaError) -> None:
         """End all tickets."""
@@ -216,9 +220,14 @@ class Scheduler:
         for ticket in {row.ticket for row in rows}:
             ticket.left = 0
             ticket.results.put_nowait(error)
-        self._running.clear()
+        self._forget_running()
         self._again.clear()
         self.waiting = 0
+
+    def _forget_running(self) -> None:
+        self._running.clear()
+        for line in self._lines.values():
+            line.running = 0
 
     def _hand_out(self, row: _Row, result: Json) -> None:
         row.ticket.left -= 1

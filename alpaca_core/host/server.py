@@ -4,6 +4,8 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
+import signal
 import socket
 import sys
 import time
@@ -22,6 +24,8 @@ from alpaca_core.spec import ModelSpec
 
 GRACE = 15.0
 """Seconds that rows get to end after SIGTERM."""
+_FILES = 65536
+"""Connections and other open files, where the system lets a process have so many."""
 _PREDECESSOR = 60.0
 """Seconds to wait until the host before this one, and its engine, are gone."""
 
@@ -32,6 +36,7 @@ def run_local(spec: ModelSpec, key: str) -> None:
     Raises:
         HostUnavailable: If another host of this key lives, or the folder cannot be written.
     """
+    _prepare()
     folder = runtime_folder()
     lock = _lock(folder / f"{key}.lock")
     try:
@@ -68,6 +73,7 @@ def run_tcp(spec: ModelSpec, address: str, port: int, token: str | None) -> None
         ) from error
     settings = Settings.from_environment()
     settings = Settings(settings.hang, None, settings.queue, fixed=True)
+    _prepare()
     asyncio.run(_serve(spec, settings, [listening], token=token, stoppable=False))
 
 
@@ -101,8 +107,21 @@ async def _serve(
     )
     server = uvicorn.Server(config)
     watch = asyncio.create_task(_leave_when_idle(warm, settings.idle, server))
-    await server.serve(sockets=sockets)
-    watch.cancel()
+    try:
+        await server.serve(sockets=sockets)
+    finally:
+        watch.cancel()
+        await warm.stop()  # where it was left at once, nobody has done so
+
+
+def _prepare() -> None:
+    """Let signals end this process in order: uvicorn lets rows end first, and then raises the signal once more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def _leave_when_idle(warm: WarmModel, idle: float | None, server: uvicorn.Server) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -12,12 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from alpaca_core.errors import HostUnavailable
+from alpaca_core.errors import HostUnavailable, LoadError
 from alpaca_core.host.protocol import MOST_BYTES, TokenizerReply, read_error
 from alpaca_core.model import ModelInfo
 from alpaca_core.spec import ModelSpec
 
 _LINE = 4 * MOST_BYTES
+_LOADING = 60.0
+"""Seconds without a sign of life after which an engine that loads is ended: imports may hold it for a while."""
+_END = 5.0
+"""Seconds between the end of an engine's connection and that of its process, the one or the other first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +65,15 @@ class Engine:
         """Of the process; None before it is started."""
         return self._process.pid if self._process else None
 
-    async def start(self) -> Loaded:
+    async def start(self, hang: float) -> Loaded:
         """Start it, and wait until the model is loaded.
 
+        Args:
+            hang: Seconds without a sign of life after which it is killed, if they are many enough for a load.
+
         Raises:
-            LoadError: What the load raised there.
-            HostUnavailable: If the process died while it loaded.
+            LoadError: What the load raised there, or that the process ended by itself.
+            HostUnavailable: If the process was killed while it loaded.
         """
         ours, its = socket.socketpair()
         with its:
@@ -76,15 +84,21 @@ class Engine:
                 stderr=self._log,
                 env=plain_environment(),
                 pass_fds=(its.fileno(), *self._inherited),
+                start_new_session=True,  # a terminal's Ctrl-C is for the host, which lets rows end
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE)
         self.send({"load": self._spec.model_dump(mode="json")})
-        message = await self._read()
+        self._last = time.monotonic()
+        watch = asyncio.create_task(self._watch(max(hang, _LOADING), lambda: True))
+        try:
+            while (message := await self._read()) is not None and "loading" in message:
+                self._last = time.monotonic()
+        finally:
+            watch.cancel()
         if message is None:
             code = await self._process.wait()
-            raise HostUnavailable(
-                f"the engine's process {_ended(code)} while it loaded the model. Read the host's log."
-            )
+            kind = HostUnavailable if code < 0 else LoadError
+            raise kind(f"an engine's process {_ended(code)} while it loaded the model. Read the host's log.")
         if "failed" in message:
             await self._process.wait()
             raise read_error(message["failed"])
@@ -109,13 +123,24 @@ class Engine:
         """
         assert self._process is not None
         watch = asyncio.create_task(self._watch(hang, busy))
+        ends = [asyncio.create_task(self._pass_on()), asyncio.create_task(self._process.wait())]
         try:
-            while (message := await self._read()) is not None:
-                self._last = time.monotonic()
-                self._heard(message)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, timeout=_END)  # a process that it has begun may hold the connection open
+            await self.stop()
         finally:
-            watch.cancel()
+            for task in (watch, *ends):
+                task.cancel()
         return await self._process.wait()
+
+    async def _pass_on(self) -> None:
+        while (message := await self._read()) is not None:
+            self._last = time.monotonic()
+            try:
+                self._heard(message)
+            except Exception:
+                logging.getLogger(__name__).exception("an engine said what its host does not understand")
+                return
 
     async def stop(self) -> None:
         """End the process, whatever it does."""
