@@ -27,6 +27,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         InvalidRequest: For a name or JSON in place of a recipe.
         ModelNotFound: If there is no such model or adapter, or the hub cannot be reached.
         DeviceUnavailable: If the device is not on this machine.
+        EngineUnavailable: If vLLM is asked for, and not installed.
         NotEnoughMemory: If the weights do not fit into the spec's share of the memory.
         UnsafeCheckpoint: If only a pickle is there, or code would have to be run.
         InvalidCheckpoint: If tensors are missing, unexpected, misshapen or not finite, or the model
@@ -41,6 +42,15 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
     """
     spec = _checked(spec)
     started = time.perf_counter()  # importing torch is part of what a user waits for
+    if spec.engine == "vllm":
+        from alpaca_core.engines.vllm import load_vllm
+
+        served = load_vllm(spec, started)
+        try:
+            yield served
+        finally:
+            served.close()
+        return
     from alpaca_core.engines.llama import runs
     from alpaca_core.engines.native import NativeModel
     from alpaca_core.engines.transformers import TransformersModel

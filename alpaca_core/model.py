@@ -23,6 +23,7 @@ ErrorCode = Literal[
     "not_finite",  # the model's logits hold NaN or infinity for this row
     "not_enough_memory",  # the row finds no memory even alone
     "no_spelling",  # a label cannot be told apart from the others after this prompt
+    "not_supported",  # the model's engine does not do what the row asks for
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
 
@@ -221,6 +222,29 @@ class LanguageModel(Protocol):
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats; perhaps `Scores`."""
+        ...
+
+
+class Feed(Protocol):
+    """Rows on their way through an engine: they may come at any time, and come out as they end.
+
+    One thread uses a feed; several feeds of one model share its passes.
+    """
+
+    def add(self, key: int, row: GenerateRow | ScoreRow) -> None:
+        """Take a row of any kind. One that is refused comes out as a `RowError` at the next step."""
+        ...
+
+    def drop(self, key: int) -> None:
+        """Forget a row: its result never comes out. A key that is not there is none of an error."""
+        ...
+
+    def step(self) -> list[tuple[int, Completion | list[float] | RowError]]:
+        """Take one step of the engine; return the rows that have ended, by their keys."""
+        ...
+
+    def __len__(self) -> int:
+        """Count the rows that have not come out."""
         ...
 
 

@@ -66,7 +66,7 @@ class NativeModel(Engine):
         beams: list[tuple[int, GenerateRow, int]] = []
         for index, row in enumerate(rows):
             try:
-                self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
+                self._check(row)
                 (beams if row.sampling.num_beams > 1 else plain).append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
@@ -94,9 +94,8 @@ class NativeModel(Engine):
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
         ready = []
         for index, row in enumerate(rows):
-            trie = row.continuations
             try:
-                self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
+                self._check(row)
                 ready.append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
