@@ -9,6 +9,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from alpaca_core.checkpoints import Checkpoint
 from alpaca_core.engines.lora import attach
 from alpaca_core.engines.recovering import ran_out
 from alpaca_core.engines.sharing import room
-from alpaca_core.engines.vllm_model import VllmModel
+from alpaca_core.engines.vllm_model import Started, VllmModel
 from alpaca_core.engines.weights import (
     bytes_needed,
     check_finite,
@@ -90,7 +91,7 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
         first = device.index or 0
         settings["device_ids"] = list(range(first, first + spec.tensor_parallel_size))
     try:
-        engine, requests = start(
+        engine = start(
             base.folder,
             {adapter.info.name: adapter.folder for adapter in adapters},
             rank=max([0, *(max([adapter.lora.r, *adapter.lora.rank_pattern.values()]) for adapter in adapters)]),
@@ -112,31 +113,44 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
         ) from error
     place = str(device)
     info = describe(spec, base, adapters, config, tokenizer, "vllm", place, dtype, memory, started)
-    return VllmModel(engine, tokenizer, info, requests)
+    return VllmModel(engine, tokenizer, info)
 
 
-def start(folder: Path, adapters: Mapping[str, Path], *, rank: int, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Start vLLM's engine in this process.
+def start(folder: Path, adapters: Mapping[str, Path], *, rank: int, **settings: Any) -> Started:
+    """Start vLLM's engine in this process, in a thread of its own.
 
     Args:
         folder: ``config.json`` and safetensors.
         adapters: Folder of each LoRA, by its name.
         rank: The largest of the adapters.
         settings: More of vLLM's `EngineArgs`.
-
-    Returns:
-        vLLM's `LLMEngine`, and its `LoRARequest` for each adapter, which is loaded.
     """
     _platform()
+    thread = ThreadPoolExecutor(1, "vllm")
+    try:
+        engine, requests = thread.submit(_engine, folder, adapters, rank, settings).result()
+    except BaseException:
+        thread.shutdown(wait=False)
+        raise
+    return Started(engine, requests, thread)
+
+
+def _engine(
+    folder: Path, adapters: Mapping[str, Path], rank: int, settings: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """vLLM's `LLMEngine`, and its `LoRARequest` for each adapter, which is loaded."""
     with _undisturbed():
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.kv_cache_interface import KVCacheConfig
 
         if adapters:
             room_for = next((each for each in _RANKS if each >= rank), rank)
-            settings |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room_for}
+            # 0.32 on a CPU adds the last place to rows without adapter, beside rows with one: it stays empty
+            places = len(adapters) + int(current_platform.is_cpu())
+            settings |= {"enable_lora": True, "max_loras": places, "max_lora_rank": room_for}
         arguments = EngineArgs(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -152,6 +166,8 @@ def start(folder: Path, adapters: Mapping[str, Path], *, rank: int, **settings: 
             use_tqdm_on_load=False,
             **settings,
         )
+        if current_platform.is_cpu():  # 0.32 reads pages to their end there, and NaN that a row has left spoils others
+            KVCacheConfig.needs_kv_cache_zeroing = True
         engine = LLMEngine.from_engine_args(arguments)
         requests = {
             name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(adapters.items(), 1)
@@ -179,14 +195,14 @@ def _platform() -> str:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Give back what vLLM changes in its process: the state of random generators, and torch's `set_num_threads`."""
-    kept = random.getstate(), np.random.get_state(), torch.set_num_threads  # noqa: NPY002
+    kept = random.getstate(), np.random.get_state(), torch.set_num_threads
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
+            np.random.set_state(kept[1])
             torch.set_num_threads = kept[2]
 
 
@@ -204,7 +220,7 @@ def _cpu_cache(spec: ModelSpec, config: Any, dtype: torch.dtype, context: int, w
     """Bytes of the key-value cache on a CPU: for all rows at their longest, within the share and a limit."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * size * dtype.itemsize * (context + 256)  # and a block or two
+    row: int = 2 * config.num_hidden_layers * heads * size * dtype.itemsize * (context + 256)  # and a block or two
     left = int(_SHARE * (room(torch.device("cpu"), spec.memory_share) - weights))
     if left < row:
         raise NotEnoughMemory(
@@ -227,5 +243,5 @@ def _check_adapters(config: Any, adapters: Sequence[Adapter], dtype: torch.dtype
         if strange or adapter.lora.fan_in_fan_out:
             raise InvalidAdapter(
                 f"with vLLM an adapter is on attention and MLP layers, but {adapter.info.source!r} is also on "
-                f"{', '.join(strange) or 'transposed ones'}. Load it with engine=\"auto\"."
+                f'{", ".join(strange) or "transposed ones"}. Load it with engine="auto".'
             )

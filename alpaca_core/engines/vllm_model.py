@@ -7,6 +7,7 @@ vLLM makes up each pass anew of whatever rows are there, so a row's last bits de
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock
@@ -18,26 +19,48 @@ from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, Scor
 from alpaca_core.tokenizer import Tokenizer
 
 _Row = TypeVar("_Row", GenerateRow, ScoreRow)
+_NUMBERS = count()
+"""Of requests; one is never used again in a process."""
+_LIVE: list[Any] = []
+"""Engines of this process that have not been stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """vLLM's engine as it was started.
+
+    Args:
+        engine: An `LLMEngine`, in this process.
+        adapters: The `LoRARequest` of each adapter, by its name for rows.
+        thread: The one thread that started it, and takes its steps: the current GPU and the threads of products on a
+            CPU belong to a thread.
+    """
+
+    engine: Any
+    adapters: Mapping[str, Any]
+    thread: Executor
 
 
 class VllmModel:
     """A model that vLLM runs.
 
-    Several threads may use it at once: whoever waits for a row takes the next step for all.
+    Several threads may use it at once: whoever waits for a row has the next step taken for all.
 
     Args:
-        engine: vLLM's `LLMEngine`, in this process.
+        started: The engine.
         tokenizer: The model's; vLLM has none.
         info: What the model is.
-        adapters: vLLM's `LoRARequest` of each adapter, by its name for rows.
     """
 
-    def __init__(
-        self, engine: Any, tokenizer: Tokenizer, info: ModelInfo, adapters: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, started: Started, tokenizer: Tokenizer, info: ModelInfo) -> None:
         self.info = info
         self.tokenizer = tokenizer
-        self._requests = _Requests(engine, info, dict(adapters or {}))
+        self._requests = _Requests(started, info)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._requests.closed
 
     def feed(self) -> "VllmFeed":
         """Return a feed of its own for one caller; all of them share vLLM's passes."""
@@ -57,7 +80,9 @@ class VllmModel:
             for index, row in enumerate(rows):
                 feed.add(index, row)
             while len(feed):
-                yield from feed.step()
+                for ended in feed.step():
+                    self._requests.check_open()
+                    yield ended
         finally:
             feed.clear()
 
@@ -123,9 +148,8 @@ class VllmFeed:
         Raises:
             InvalidRequest: If the model is closed.
         """
+        self._requests.step(lambda: bool(self._rows) and not self._ended)
         with self._requests.lock:
-            if self._rows and not self._ended:
-                self._requests.step()
             ended, self._ended = self._ended, []
         return ended
 
@@ -150,12 +174,13 @@ class _Requests:
     names a few (0.32: `Sampler.forward` drops the former's). So requests of these two kinds take turns.
     """
 
-    def __init__(self, engine: Any, info: ModelInfo, adapters: dict[str, Any]) -> None:
+    def __init__(self, started: Started, info: ModelInfo) -> None:
         self.lock = Lock()
-        self._engine = engine
+        self._engine: Any = started.engine
+        self._adapters = started.adapters
+        self._thread = started.thread
+        _LIVE.append(self._engine)
         self._info = info
-        self._adapters = adapters
-        self._names = map(str, count())
         self._waiting: deque[tuple[_Running, Ask]] = deque()
         self._inside: dict[str, tuple[_Running, Ask]] = {}
 
@@ -176,10 +201,22 @@ class _Requests:
         if names and self._engine is not None:
             self._engine.abort_request(names)
 
-    def step(self) -> None:
-        """Take one step of vLLM, with the lock held, and hand out what has ended."""
-        if self._engine is None:
-            raise InvalidRequest(f"{self._info.name!r} is closed. Load it again.")
+    def step(self, wanted: Callable[[], bool]) -> None:
+        """Take one step of vLLM, unless it is not wanted any more once earlier ones are over; hand out what has ended.
+
+        The step is finished even where the caller is interrupted, so that no other caller's row gets lost.
+        """
+        if wanted():
+            self.check_open()
+            self._thread.submit(self._advance, wanted).result()
+
+    def _advance(self, wanted: Callable[[], bool]) -> None:
+        with self.lock:
+            if wanted():
+                self.check_open()
+                self._step()
+
+    def _step(self) -> None:
         self._admit()
         for output in self._engine.step():
             if not output.finished or output.request_id not in self._inside:
@@ -191,14 +228,29 @@ class _Requests:
                 self.cancel([running])
                 running.end(outcome)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the engine has been let go."""
+        return self._engine is None
+
+    def check_open(self) -> None:
+        """Refuse to go on with a model that is closed.
+
+        Raises:
+            InvalidRequest: If it is.
+        """
+        if self.closed:
+            raise InvalidRequest(f"{self._info.name!r} is closed. Load it again.")
+
     def close(self) -> None:
         """Let go of the engine."""
         with self.lock:
             engine, self._engine = self._engine, None
             self._waiting.clear()
             self._inside.clear()
-            if engine is not None:
-                engine.engine_core.shutdown()
+        if engine is not None:
+            self._thread.submit(_stop, engine).result()
+            self._thread.shutdown()
 
     def _admit(self) -> None:
         """Give vLLM what waits, in order, as far as its passes can hold it together."""
@@ -220,6 +272,18 @@ class _Requests:
 
         settings = SamplingParams(**ask.settings, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         adapter = self._adapters[running.adapter] if running.adapter is not None else None
-        name = next(self._names)
+        name = str(next(_NUMBERS))
         self._engine.add_request(name, tokens_input(list(ask.prompt)), settings, lora_request=adapter)
         self._inside[name] = running, ask
+
+
+def _stop(engine: Any) -> None:
+    """Stop an engine; vLLM's own way would also end what all engines of the process share."""
+    _LIVE[:] = [each for each in _LIVE if each is not engine]
+    if not _LIVE:
+        engine.engine_core.shutdown()
+        return
+    core = engine.engine_core.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
