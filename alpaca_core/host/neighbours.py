@@ -9,7 +9,7 @@ import httpx
 
 from alpaca_core.errors import HostError
 from alpaca_core.host.place import device_of, runtime_folder
-from alpaca_core.host.protocol import Status
+from alpaca_core.host.protocol import UNIX_NAME, Status
 from alpaca_core.spec import ModelSpec
 
 ANY_NUMBER = httpx.Limits(max_connections=None, max_keepalive_connections=20)
@@ -22,7 +22,7 @@ _PATIENCE = 30.0
 def connection(path: Path, timeout: float) -> httpx.Client:
     """Open a client of a host's Unix socket; `timeout` is in seconds, for each wait."""
     transport = httpx.HTTPTransport(uds=str(path), limits=ANY_NUMBER)
-    return httpx.Client(transport=transport, base_url="http://alpaca", timeout=timeout)
+    return httpx.Client(transport=transport, base_url=f"http://{UNIX_NAME}", timeout=timeout)
 
 
 def hosts() -> Iterator[tuple[Path, Status]]:
