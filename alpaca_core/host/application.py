@@ -2,18 +2,23 @@
 
 Results come as lines of JSON, as rows end; an empty line says that the host is alive. Closing the connection takes the
 rest of the rows out. Errors are ``{"error": {"type": ..., "message": ...}}``, with the class of `alpaca_core.errors`.
+
+Pages of the web are kept out, which a browser would let send to this machine: what they send as a form is no JSON,
+and a name of theirs that is made to mean this machine (DNS rebinding) is none of this machine's own.
 """
 
 import asyncio
 import hmac
+import ipaddress
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from alpaca_core.errors import AlpacaError, HostBusy, HostError, InvalidRequest
@@ -21,6 +26,7 @@ from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.metrics import exposition
 from alpaca_core.host.protocol import (
     MOST_BYTES,
+    UNIX_NAME,
     GenerateRequest,
     Kind,
     ModelReply,
@@ -44,7 +50,8 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
 
     Args:
         warm: The model.
-        token: That a request has to bear; None asks for none.
+        token: That a request has to bear; None asks for none, and takes requests to this machine alone: the
+            host that they name is ``localhost`` or an address in numbers.
         leave: Ends the server, for whoever asks it to; None refuses that.
     """
 
@@ -54,12 +61,16 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         yield
         await warm.stop()
 
-    app = FastAPI(title="alpaca host", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="alpaca host", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(AlpacaError, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _wrong)
     app.add_middleware(_Capped)
+    app.add_middleware(_Json)
     if token is not None:
         app.add_middleware(_Bearer, token=token)
+    else:
+        app.add_middleware(_Near)
 
     @app.get("/health")
     async def health() -> Response:
@@ -110,40 +121,54 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
 
 
 def _stream(warm: WarmModel, client: str, kind: Kind, rows: list[dict[str, Any]]) -> StreamingResponse:
-    ticket = warm.submit(client, kind, rows)
-    return StreamingResponse(_lines(warm, ticket), media_type="application/x-ndjson")
+    return _Rows(warm, warm.submit(client, kind, rows))
 
 
-async def _lines(warm: WarmModel, ticket: Ticket) -> AsyncIterator[str]:
-    try:
-        out = ticket.left + ticket.results.qsize()
-        while out:
-            try:
-                found = await asyncio.wait_for(ticket.results.get(), _PULSE)
-            except TimeoutError:
-                yield "\n"
-                continue
-            lines: list[str] = []
-            while True:
-                if isinstance(found, AlpacaError):
-                    yield "".join([*lines, json.dumps({"failed": write_error(found)}), "\n"])
-                    return
-                index, result = found
-                lines.append(json.dumps({"index": index, **result}, separators=(",", ":")) + "\n")
-                out -= 1
-                if ticket.results.empty():
-                    break
-                found = ticket.results.get_nowait()
-            yield "".join(lines)
-    finally:
-        warm.scheduler.drop(ticket)
+class _Rows(StreamingResponse):
+    """The results of a ticket as they come; however it ends, what is left of the ticket is taken out."""
+
+    def __init__(self, warm: WarmModel, ticket: Ticket) -> None:
+        super().__init__(_lines(ticket), media_type="application/x-ndjson")
+        self._warm, self._ticket = warm, ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._warm.scheduler.drop(self._ticket)
+
+
+async def _lines(ticket: Ticket) -> AsyncIterator[str]:
+    out = ticket.left + ticket.results.qsize()
+    while out:
+        try:
+            found = await asyncio.wait_for(ticket.results.get(), _PULSE)
+        except TimeoutError:
+            yield "\n"
+            continue
+        lines: list[str] = []
+        while True:
+            if isinstance(found, AlpacaError):
+                yield "".join([*lines, json.dumps({"failed": write_error(found)}), "\n"])
+                return
+            index, result = found
+            lines.append(json.dumps({"index": index, **result}, separators=(",", ":")) + "\n")
+            out -= 1
+            if ticket.results.empty():
+                break
+            found = ticket.results.get_nowait()
+        yield "".join(lines)
+
+
+def _reply(error: AlpacaError, status: int) -> Response:
+    """Write an error. What a request held may be in it, so that not all of it need be text that can be encoded."""
+    retry = {"Retry-After": "1"} if isinstance(error, HostError) else None
+    return Response(json.dumps({"error": write_error(error)}), status, retry, "application/json")
 
 
 def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, AlpacaError)
-    status = 429 if isinstance(error, HostBusy) else 503 if isinstance(error, HostError) else 422
-    retry = {"Retry-After": "1"} if isinstance(error, HostError) else None
-    return JSONResponse({"error": write_error(error)}, status, retry)
+    return _reply(error, 429 if isinstance(error, HostBusy) else 503 if isinstance(error, HostError) else 422)
 
 
 def _invalid(_: Request, error: Exception) -> Response:
@@ -151,7 +176,56 @@ def _invalid(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     told = InvalidRequest(f"{place[:200]}: {first['msg'][:300]}. See /openapi.json for what a request holds.")
-    return JSONResponse({"error": write_error(told)}, 422)
+    return _reply(told, 422)
+
+
+def _wrong(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path:.200}"
+    return _reply(InvalidRequest(f"{where}: {error.detail}. See /openapi.json for what there is."), error.status_code)
+
+
+class _Near:
+    """Refuses requests to a name that is not this machine's own, whichever machine it is made to mean."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            named = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if not _is_near(named):
+                error = InvalidRequest(
+                    f"a host without a token answers to localhost and addresses in numbers, but not to {named!r:.80}. "
+                    "Write the address, or give the host a token."
+                )
+                return await _reply(error, 403)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _is_near(named: str) -> bool:
+    name = named[1:].partition("]")[0] if named.startswith("[") else named
+    for each in (name, name.rpartition(":")[0]):
+        if each in ("localhost", UNIX_NAME):
+            return True
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(each))
+    return False
+
+
+class _Json:
+    """Refuses what is sent as anything but JSON: a page of another origin may send forms, but no JSON, unasked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            kind = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+            if kind.partition(";")[0].strip().lower() != "application/json":
+                error = InvalidRequest(f"a request is application/json, but this one is {kind!r:.80}. Say so in it.")
+                return await _reply(error, 415)(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 class _Capped:
@@ -186,7 +260,7 @@ class _Capped:
 
 async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
     error = InvalidRequest(f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several.")
-    await JSONResponse({"error": write_error(error)}, 413)(scope, receive, send)
+    await _reply(error, 413)(scope, receive, send)
 
 
 class _Bearer:
@@ -200,5 +274,5 @@ class _Bearer:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = InvalidRequest("this host wants its token. Set ALPACA_HOST_TOKEN to it.")
-                return await JSONResponse({"error": write_error(error)}, 401)(scope, receive, send)
+                return await _reply(error, 401)(scope, receive, send)
         await self._app(scope, receive, send)

@@ -25,6 +25,9 @@ from alpaca_core.spec import ModelSpec, Sampling, Value
 VERSION = 1
 """Of this protocol; client and host must have the same."""
 
+UNIX_NAME = "alpaca"
+"""The host's name in requests over its Unix socket."""
+
 MOST_ROWS = 1024
 """Rows of one request; a client sends more rows in several."""
 

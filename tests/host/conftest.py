@@ -16,9 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import uvicorn
 
 from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.opening import open_model
 from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.host import engine
 from alpaca_core.host.application import application
@@ -260,6 +262,14 @@ def shared(cache: Path) -> Iterator[Path]:
     """A runtime folder for a real host that the tests of a module share."""
     with own_folder(cache) as made:
         yield made
+
+
+@contextmanager
+def in_process(spec: ModelSpec) -> Iterator[Any]:
+    """The model in this process, on one thread."""
+    torch.set_num_threads(1)
+    with open_model(spec) as model:
+        yield model
 
 
 def host_of(folder: Path) -> Status | None:

@@ -14,13 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from alpaca_core.engines.opening import open_model
 from alpaca_core.errors import InvalidAdapter
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection
 from alpaca_core.model import GenerateRow, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec, Sampling
-from tests.host.conftest import ADAPTERS, host_of, processes, spec_of, until
+from tests.host.conftest import ADAPTERS, host_of, in_process, processes, spec_of, until
 
 SETTINGS = [
     Sampling(max_new_tokens=12),
@@ -53,7 +52,7 @@ def spec(base: Path) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def alone(spec: ModelSpec, shared: Path) -> Iterator[Any]:
-    with open_model(spec) as model:
+    with in_process(spec) as model:
         yield model
 
 
@@ -134,7 +133,7 @@ def test_paths_mean_what_they_mean_where_the_caller_works(
     near = spec_of(base).model_copy(
         update={"base_model": base.name, "adapter": os.path.relpath(base.parent / f"{base.name}-adapters")}
     )
-    with at_host(near, "auto") as model, open_model(near) as expected:
+    with at_host(near, "auto") as model, in_process(near) as expected:
         assert model.info.name == base.name
         assert model.info.digest == expected.info.digest
         assert model.info.adapters == expected.info.adapters

@@ -1,0 +1,273 @@
+"""Processes that die, hang, meet or run out of room: every call ends, with the results of a quiet run."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from alpaca_core.errors import DigestMismatch, HostUnavailable
+from alpaca_core.host.launcher import at_host
+from alpaca_core.host.neighbours import stop
+from alpaca_core.host.place import find_base_apart, key_of
+from alpaca_core.model import GenerateRow, RowError
+from alpaca_core.spec import ModelSpec, Sampling
+from tests.host.conftest import ADAPTERS, host_of, in_process, own_folder, processes, spec_of, until
+from tests.host.test_processes import work
+
+KILLS = int(os.environ.get("ALPACA_SOAK_KILLS", "5"))
+SEEDS = 6
+LONG = Sampling(max_new_tokens=400)
+ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
+
+OTHERS = r"has become another|have become others"
+KILLER = 99
+HANGER = 98
+_DEADLY = f"""
+import os, sys, time
+if "{ENGINE}" in sys.orig_argv:
+    from alpaca_core.engines import feeding
+    plain = feeding.NativeFeed.step
+    def step(self):
+        for row, _ in self._generating.values():
+            if {KILLER} in row.prompt_ids:
+                os.abort()
+            if {HANGER} in row.prompt_ids:
+                time.sleep(1000)
+        return plain(self)
+    feeding.NativeFeed.step = step
+"""
+"""Makes engines die or hang of rows with one of two tokens: no part of the project, only of these tests' processes."""
+
+
+@pytest.fixture(scope="module")
+def spec(base: Path) -> ModelSpec:
+    return spec_of(base, *ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def expected(spec: ModelSpec, cache: Path) -> dict[int, Any]:
+    with own_folder(cache), in_process(spec) as model:
+        return {seed: work(model, seed, (*ADAPTERS, None)) for seed in range(SEEDS)}
+
+
+def engines(folder: Path) -> list[psutil.Process]:
+    return processes(folder, ENGINE)
+
+
+def long_rows(count: int, tokens: int = 400) -> list[GenerateRow]:
+    return [GenerateRow((place + 1, 7), Sampling(max_new_tokens=tokens)) for place in range(count)]
+
+
+@pytest.mark.end_to_end
+def test_calls_end_with_their_results_whoever_is_killed(
+    spec: ModelSpec, expected: dict[int, Any], folder: Path
+) -> None:
+    draw = random.Random(int(os.environ.get("ALPACA_SOAK_SEED", "0")))
+    over = threading.Event()
+    ended: list[int] = []
+
+    def client(number: int) -> None:
+        while not over.is_set():
+            with at_host(spec, "auto") as model:
+                for _ in range(3):
+                    seed = draw.randrange(SEEDS)
+                    assert work(model, seed, (*ADAPTERS, None)) == expected[seed]
+                    ended.append(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(client, number) for number in range(8)]
+        try:
+            until(lambda: ended or any(call.done() for call in calls), 120.0)
+            for kill in range(KILLS):
+                time.sleep(draw.uniform(0.0, 6.0))
+                kind = SERVER if kill % 2 else ENGINE
+                victims = until(lambda kind=kind: processes(folder, kind), 60.0)
+                with suppress(psutil.NoSuchProcess):
+                    draw.choice(victims).kill()
+                assert len(engines(folder)) <= 2  # one that has been killed may still be going
+            before = len(ended)
+            until(lambda: len(ended) > before or any(call.done() for call in calls), 120.0)
+        finally:
+            over.set()
+        for call in calls:
+            call.result(timeout=240.0)
+    assert set(ended) == set(range(8))
+    status = host_of(folder)
+    assert status is not None
+    assert status.clients == status.waiting == status.running == 0
+
+
+@pytest.mark.end_to_end
+def test_one_host_starts_for_launchers_that_meet_over_what_dead_ones_left(spec: ModelSpec, folder: Path) -> None:
+    key = key_of(spec, find_base_apart(spec))
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(folder / f"{key}.sock"))
+    stale.close()
+    (folder / f"{key}.lock").write_text("4711")
+    (folder / f"{key}.start").write_text("4711")
+    (folder / f"{key}.log").mkdir(mode=0o700)
+    with pytest.raises(HostUnavailable, match="cannot be written"), at_host(spec, "auto"):
+        pass
+    (folder / f"{key}.log").rmdir()
+    program = (
+        "import resource, sys, alpaca_core\n"
+        "from alpaca_core import ModelSpec\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # nor can the host's log grow
+        "with alpaca_core.load_model(ModelSpec.model_validate_json(sys.argv[1])) as model:\n"
+        "    print(model.info.digest)\n"
+    )
+    command = [sys.executable, "-c", program, spec.model_dump_json()]
+    environment = os.environ | {"ALPACA_HOST": "auto"}
+    clients = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    assert len({client.communicate(timeout=120)[0] for client in clients}) == 1
+    assert all(client.returncode == 0 for client in clients)
+    assert len(processes(folder, SERVER)) == len(engines(folder)) == 1
+
+    # SIGTERM lets rows end that can, cuts the others off, and leaves nothing; whoever was cut off asks again
+    with at_host(spec, "auto") as model:
+        rows = [*long_rows(2, 5), *long_rows(8, 3000)]
+        running = model.generate(rows)
+        found = [next(running)]
+        (host,) = processes(folder, SERVER)
+        host.terminate()
+        began = time.monotonic()
+        assert host.wait(20.0) in (0, None)
+        assert time.monotonic() - began < 20.0
+        found += running
+        assert sorted(place for place, _ in found) == list(range(10))
+    (path,) = folder.glob("*.sock")
+    assert len(engines(folder)) == 1
+    assert stop(path)
+    assert not path.exists()
+    assert not engines(folder)
+    assert until(lambda: not processes(folder))
+
+
+@pytest.mark.end_to_end
+def test_the_next_host_waits_for_the_engine_of_one_that_was_killed(spec: ModelSpec, folder: Path) -> None:
+    with at_host(spec, "auto") as model, ThreadPoolExecutor(1) as pool:
+        (engine,), (host,) = engines(folder), processes(folder, SERVER)
+        engine.suspend()
+        host.kill()
+        call = pool.submit(lambda: dict(model.generate(long_rows(3, 20))))
+        for _ in range(20):
+            time.sleep(0.1)
+            assert [each.pid for each in engines(folder)] == [engine.pid]
+        engine.resume()
+        assert len(call.result(timeout=120.0)) == 3
+        assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+        assert len(engines(folder)) == 1
+
+        # no orphan is left where nobody comes next
+        (host,) = processes(folder, SERVER)
+        host.kill()
+        until(lambda: not engines(folder), 5.0)
+
+
+@pytest.fixture
+def deadly(cache: Path, tmp_path: Path) -> Iterator[Path]:
+    """A runtime folder whose engines can be killed by a row, and are given up soon when they hang."""
+    (tmp_path / "sitecustomize.py").write_text(_DEADLY)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with own_folder(cache, PYTHONPATH=path, ALPACA_HOST_HANG="3") as folder:
+        yield folder
+
+
+@pytest.mark.end_to_end
+def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec, deadly: Path) -> None:
+    good = long_rows(12, 30)
+    with in_process(spec) as alone:
+        expected = [found for _, found in sorted(alone.generate(good), key=lambda each: each[0])]
+    with at_host(spec, "auto") as model, at_host(spec, "auto") as neighbour, ThreadPoolExecutor(2) as pool:
+        deadly_ones = (KILLER, HANGER if KILLS > 5 else KILLER)  # each hang takes seconds
+        bad = [GenerateRow((token, 1), Sampling(max_new_tokens=5)) for token in deadly_ones]
+        theirs = pool.submit(lambda: dict(neighbour.generate(good)))
+        mine = dict(model.generate([*good[:3], bad[0], *good[3:6], bad[1], *good[6:]]))
+        errors = [mine.pop(place) for place in (3, 7)]
+        assert all(isinstance(error, RowError) and error.code == "engine_failed" for error in errors)
+        assert [found for _, found in sorted(mine.items())] == expected
+        assert [found for _, found in sorted(theirs.result(120.0).items())] == expected
+
+        # an engine that is stopped from outside while it works is replaced, and the rows run again
+        status = host_of(deadly)
+        assert status is not None
+        call = pool.submit(lambda: dict(model.generate(long_rows(4, 2000))))
+        until(lambda: host_of(deadly).running >= 4)  # type: ignore[union-attr]
+        began = time.monotonic()
+        os.kill(status.engine_pid or 0, signal.SIGSTOP)
+        until(lambda: host_of(deadly).restarts > status.restarts, 12.0)  # type: ignore[union-attr]
+        assert time.monotonic() - began < 12.0
+        assert len(call.result(timeout=120.0)) == 4
+        assert len(engines(deadly)) == 1
+
+
+@pytest.mark.end_to_end
+def test_a_model_that_is_replaced_on_the_disk_gets_a_host_of_its_own(
+    checkpoint: Callable[..., Path], tmp_path: Path, folder: Path
+) -> None:
+    base = checkpoint(0, tmp_path / "base")
+    spec = spec_of(base)
+    rows = long_rows(4, 1500)
+    with in_process(spec) as alone:
+        before = dict(alone.generate(rows))
+    with at_host(spec, "auto") as old:
+        running = old.generate(rows)
+        first = next(running)
+        checkpoint(1, base)
+        with in_process(spec) as alone, at_host(spec, "auto") as new:
+            assert new.info.digest == alone.info.digest != old.info.digest
+            assert dict(new.generate(rows[:2])) == dict(alone.generate(rows[:2])) != dict(list(before.items())[:2])
+        assert dict([first, *running]) == before
+        assert dict(old.generate(rows[:2])) == {place: before[place] for place in range(2)}
+        assert len(processes(folder, SERVER)) == 2
+        # with its files gone, the old model cannot be loaded again: a call says so, and gives nothing of the new one
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(lambda: list(old.generate(long_rows(4, 30_000))))
+            until(lambda: any(status and status.running for status in statuses(folder)))
+            for engine in engines(folder):
+                engine.kill()
+            with pytest.raises((DigestMismatch, HostUnavailable), match=OTHERS):
+                call.result(timeout=120.0)
+        with pytest.raises((DigestMismatch, HostUnavailable), match=OTHERS):
+            list(old.generate(rows[:1]))
+
+
+def statuses(folder: Path) -> list[Any]:
+    from alpaca_core.host.neighbours import status_of
+
+    return [status_of(path) for path in folder.glob("*.sock")]
+
+
+@pytest.mark.end_to_end
+def test_a_full_disk_is_told_at_once_and_is_no_end(spec: ModelSpec, folder: Path, tmp_path: Path) -> None:
+    disk = folder / "d"
+    disk.mkdir(mode=0o700)
+    options = "size=64k,nr_inodes=3,mode=700"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ALPACA_RUNTIME", str(disk))
+            (disk / "a").touch()
+            (disk / "b").touch()  # no inode is left
+            began = time.monotonic()
+            with pytest.raises(HostUnavailable, match=r"ALPACA_RUNTIME|[Ff]ree space"), at_host(spec, "auto"):
+                pass
+            assert time.monotonic() - began < 20.0
+    finally:
+        for process in processes(disk):
+            process.kill()
+        until(lambda: not processes(disk))
+        subprocess.run(["umount", str(disk)], check=True)
