@@ -9,7 +9,7 @@ import httpx
 
 from alpaca_core.errors import HostError
 from alpaca_core.host.place import device_of, runtime_folder
-from alpaca_core.host.protocol import Status
+from alpaca_core.host.protocol import UNIX_NAME, Status
 from alpaca_core.spec import ModelSpec
 
 ANY_NUMBER = httpx.Limits(max_connections=None, max_keepalive_connections=20)
