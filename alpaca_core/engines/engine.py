@@ -6,11 +6,10 @@ from threading import Lock
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from alpaca_core.engines.checking import check_row, completion
 from alpaca_core.engines.decoding import Reply
+from alpaca_core.engines.lora import CausalLM, names_of
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.tokenizer import Tokenizer
@@ -26,14 +25,12 @@ class Engine:
         batch_size: Sequences computed together.
     """
 
-    def __init__(
-        self, network: PreTrainedModel | PeftModel, tokenizer: Tokenizer, info: ModelInfo, batch_size: int
-    ) -> None:
+    def __init__(self, network: CausalLM, tokenizer: Tokenizer, info: ModelInfo, batch_size: int) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self._batch_size = batch_size
-        self._adapted = isinstance(network, PeftModel)
-        names = network.peft_config if isinstance(network, PeftModel) else ()
+        names = names_of(network)
+        self._adapted = bool(names)
         self._peft_names = dict(zip((adapter.name for adapter in info.adapters), names, strict=False))
         self._lock = Lock()
         embedding: Any = network.get_input_embeddings()

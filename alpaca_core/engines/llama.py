@@ -8,12 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from alpaca_core.engines import eager
+from alpaca_core.engines.lora import CausalLM, bare, names_of
 from alpaca_core.engines.packing import TILE, Packed
 from alpaca_core.engines.projections import Gate, Projection, is_steady
 
@@ -22,14 +22,14 @@ _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def runs(network: PreTrainedModel | PeftModel) -> bool:
+def runs(network: CausalLM) -> bool:
     """Say whether `Llama` computes what this network computes.
 
     Not so for other families, other positions than fixed rotary ones, attention that is not causal in all
     layers within the context, weights on several devices or away until used, and adapters of the embedding or
     the head.
     """
-    base: Any = network.base_model.model if isinstance(network, PeftModel) else network
+    base: Any = bare(network)
     if type(base) not in _FAMILIES:
         return False
     rope = getattr(base.config, "rope_parameters", None) or {}
@@ -47,12 +47,8 @@ def runs(network: PreTrainedModel | PeftModel) -> bool:
         and all(name.endswith(_PROJECTIONS) for name in wrapped)
         and not any(hasattr(module, "_hf_hook") for module in modules.values())
         and len({parameter.device for parameter in base.parameters()}) == 1
-        and not any(getattr(module, "use_dora", {}).get(name) for module in layers for name in _names(network))
+        and not any(getattr(module, "use_dora", {}).get(name) for module in layers for name in names_of(network))
     )
-
-
-def _names(network: PreTrainedModel | PeftModel) -> list[str]:
-    return list(network.peft_config) if isinstance(network, PeftModel) else []
 
 
 class _Layer:
@@ -78,9 +74,9 @@ class Llama:
         network: One that `runs` accepts. Its layers keep their weights, or views of fused ones, so it still works.
     """
 
-    def __init__(self, network: PreTrainedModel | PeftModel) -> None:
-        base: Any = network.base_model.model if isinstance(network, PeftModel) else network
-        names = _names(network)
+    def __init__(self, network: CausalLM) -> None:
+        base: Any = bare(network)
+        names = names_of(network)
         config = base.config
         body = base.model
         self.heads: int = config.num_attention_heads

@@ -7,9 +7,9 @@ and shapes are compared here, and the tensors are copied by this module.
 import re
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -17,10 +17,28 @@ from transformers import PreTrainedModel
 from alpaca_core.adapters import WEIGHTS, Adapter
 from alpaca_core.errors import InvalidAdapter
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CausalLM: TypeAlias = "PreTrainedModel | PeftModel"
+"""A network, or the `PeftModel` around it."""
+
 _KIND = r"lora_(?:A|B|embedding_A|embedding_B)"
 
 
-def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> PeftModel:
+def names_of(network: CausalLM) -> list[str]:
+    """PEFT's names of a network's adapters, by their number; it has none where it is no `PeftModel`."""
+    return list(getattr(network, "peft_config", ()))
+
+
+def bare(network: CausalLM) -> PreTrainedModel:
+    """Return the network without the `PeftModel` around it; its adapters stay in place."""
+    wrapped: Any = network
+    inner: PreTrainedModel = wrapped.get_base_model() if names_of(network) else wrapped
+    return inner
+
+
+def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> "PeftModel":
     """Put adapters beside a base, in their order.
 
     PEFT calls them ``adapter0``, ``adapter1`` …: a name of the user's could be that of a module's method.
@@ -34,6 +52,8 @@ def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.d
         InvalidAdapter: If an adapter was made for another base, is not finite, or changes nothing.
         torch.OutOfMemoryError, MemoryError: If they do not fit beside the base.
     """
+    from peft import LoraConfig, PeftModel  # seconds, which a model without adapters does not take
+
     model: PeftModel | None = None
     for place, adapter in enumerate(adapters):
         name = f"adapter{place}"
@@ -58,13 +78,13 @@ def attach(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.d
     return model
 
 
-def merge(model: PeftModel) -> PreTrainedModel:
+def merge(model: "PeftModel") -> PreTrainedModel:
     """Add the active adapter into the base weights."""
     merged: PreTrainedModel = model.merge_and_unload()
     return merged
 
 
-def _fill(model: PeftModel, adapter: Adapter, name: str, dtype: torch.dtype) -> None:
+def _fill(model: "PeftModel", adapter: Adapter, name: str, dtype: torch.dtype) -> None:
     """Copy an adapter's tensors to their places, and see that both sides are complete."""
     path = adapter.folder / WEIGHTS
     try:

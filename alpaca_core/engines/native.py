@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from alpaca_core.engines.engine import Engine
 from alpaca_core.engines.feeding import NativeFeed, Workers
 from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.lora import CausalLM
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
 from alpaca_core.engines.recovering import Recovery, Worker
@@ -45,7 +44,7 @@ class NativeModel(Engine):
 
     def __init__(
         self,
-        network: PreTrainedModel | PeftModel,
+        network: CausalLM,
         tokenizer: Tokenizer,
         info: ModelInfo,
         batch_size: int = 32,

@@ -8,15 +8,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from alpaca_core.engines.batching import Job, batches, shorten
 from alpaca_core.engines.decoding import Decoding, Reply
 from alpaca_core.engines.engine import Engine
 from alpaca_core.engines.heads import split
+from alpaca_core.engines.lora import CausalLM, bare
 from alpaca_core.engines.recovering import persevere, ran_out, too_large
 from alpaca_core.engines.scoring import score
 from alpaca_core.errors import InvalidRequest, RowRejected
@@ -45,7 +44,7 @@ class TransformersModel(Engine):
 
     def __init__(
         self,
-        network: PreTrainedModel | PeftModel,
+        network: CausalLM,
         tokenizer: Tokenizer,
         info: ModelInfo,
         batch_size: int = 32,
@@ -53,7 +52,7 @@ class TransformersModel(Engine):
     ) -> None:
         super().__init__(network, tokenizer, info, batch_size)
         self._network: Any = network.eval()
-        plain: Any = network.get_base_model() if isinstance(network, PeftModel) else network
+        plain: Any = bare(network)
         parts: tuple[Any, Any] = split(plain)
         self._body, self._head = parts
         self._active: str | None = ""  # no adapter has this name

@@ -11,7 +11,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,7 +25,7 @@ from transformers.utils import logging
 from alpaca_core.adapters import Adapter, find_adapters
 from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
-from alpaca_core.engines.lora import attach, merge
+from alpaca_core.engines.lora import CausalLM, attach, merge
 from alpaca_core.engines.recovering import ran_out
 from alpaca_core.engines.sharing import keep, room
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
@@ -42,7 +41,7 @@ _GIB = 2**30
 class Weights:
     """What an engine runs: the network, its tokenizer, and what both are."""
 
-    network: PreTrainedModel | PeftModel
+    network: CausalLM
     tokenizer: Tokenizer
     info: ModelInfo
 
