@@ -58,13 +58,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = False) -> Manifest:
+def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = False, check: bool = True) -> Manifest:
     """Return the manifest of a prepared folder, building the folder first where it is absent.
 
     Args:
         folder: Where it belongs. Another process that builds it is waited for.
         build: Fills an empty folder, and says what it was made from.
         replace: Build anew, whatever is there.
+        check: Hash what is there; without it the manifest is taken at its word, by one who does not read the files.
 
     Raises:
         DigestMismatch: If what is there is not what was prepared.
@@ -81,7 +82,7 @@ def prepare(folder: Path, build: Callable[[Path], Manifest], *, replace: bool = 
                 f"{folder} must be written once, but that failed ({error}). "
                 "Free space there, or set ALPACA_CACHE to a folder with space that you may write to."
             ) from error
-    return verified(folder)
+    return verified(folder) if check else recorded(folder)
 
 
 def _lock(folder: Path) -> Path:
@@ -113,15 +114,25 @@ def verified(folder: Path) -> Manifest:
     Raises:
         DigestMismatch: If a file is missing, unknown or changed.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise _mismatch(folder, f"{MANIFEST} is missing")
+    manifest = recorded(folder)
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(there ^ set(manifest.sha256)):
         raise _mismatch(folder, f"{name} is {'unknown' if name in there else 'missing'}")
     for name, expected in manifest.sha256.items():
         if (found := sha256_of(folder / name)) != expected:
             raise _mismatch(folder, f"{name} has the SHA-256 {found[:16]}…, not {expected[:16]}…")
+    return manifest
+
+
+def recorded(folder: Path) -> Manifest:
+    """Read the manifest of a prepared folder.
+
+    Raises:
+        DigestMismatch: If there is none.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise _mismatch(folder, f"{MANIFEST} is missing")
     return manifest
 
 

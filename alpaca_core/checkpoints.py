@@ -11,9 +11,6 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
-
 from alpaca_core.cache import Manifest, cache_folder, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, brief
 from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec, digest_of
@@ -101,7 +98,9 @@ class Checkpoint:
         return read_json(path) if path.exists() else {}
 
 
-def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert, *, again: bool = False) -> Checkpoint:
+def find_base(
+    spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert, *, again: bool = False, check: bool = True
+) -> Checkpoint:
     """Find a spec's base model, fetching or preparing it where needed.
 
     Args:
@@ -109,6 +108,7 @@ def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert,
         unpack_gguf: Writes the checkpoint folder of a GGUF file.
         convert_tokenizer: Writes ``tokenizer.json`` for the sentencepiece model of a folder.
         again: Hash every file again; else files of known size and time keep the digest they had.
+        check: Hash what was prepared here; without it its manifest is taken at its word, by one who will not read it.
 
     Raises:
         ModelNotFound: If there is no such model, or the hub cannot be reached.
@@ -117,7 +117,7 @@ def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert,
         DigestMismatch: If bytes are not those that were prepared or seen before.
     """
     if spec.base_model == EMBEDDED_MODEL:
-        return _unpacked(spec.base_model, EMBEDDED_MODEL, EMBEDDED_SHA256, embedded_file, unpack_gguf)
+        return _unpacked(spec.base_model, EMBEDDED_MODEL, EMBEDDED_SHA256, embedded_file, unpack_gguf, check)
     path, commit = fetch(spec.base_model, spec.revision, _BASE_FILES)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -126,8 +126,8 @@ def find_base(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert,
                 "Name the folder that holds it."
             )
         digest = known_digests(path.parent, [path.name], again=again)[path.name]
-        return _unpacked(spec.base_model, path.stem, digest, lambda: path, unpack_gguf)
-    return _folder(spec.base_model, path, commit, convert_tokenizer, again)
+        return _unpacked(spec.base_model, path.stem, digest, lambda: path, unpack_gguf, check)
+    return _folder(spec.base_model, path, commit, convert_tokenizer, again, check)
 
 
 def local_path(source: str) -> Path:
@@ -172,6 +172,8 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
         return path.resolve(), None
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) or source.endswith(".gguf"):
         raise ModelNotFound(f"there is no file or folder {source!r:.200}. Check the path.")
+    from huggingface_hub import snapshot_download  # a quarter of a second, which a local model does not take
+
     try:
         folder = Path(
             # consolidated.*: a second copy of the weights, in an order that transformers does not read
@@ -185,6 +187,8 @@ def fetch(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path
 
 
 def _why_not(source: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
     at = f" at revision {revision!r}" if revision else ""
     if isinstance(error, GatedRepoError):
         return f"{source!r} is gated on the hub. Accept its licence there, then log in with `hf auth login`."
@@ -232,7 +236,9 @@ def embedded_file() -> Path:
     )
 
 
-def _unpacked(name: str, stem: str, digest: str, locate: Callable[[], Path], unpack_gguf: Convert) -> Checkpoint:
+def _unpacked(
+    name: str, stem: str, digest: str, locate: Callable[[], Path], unpack_gguf: Convert, check: bool
+) -> Checkpoint:
     def build(scratch: Path) -> Manifest:
         path = locate()
         if (found := sha256_of(path)) != digest:
@@ -242,11 +248,13 @@ def _unpacked(name: str, stem: str, digest: str, locate: Callable[[], Path], unp
         return Manifest(source=path.name, source_sha256={path.name: digest}, versions=versions)
 
     folder = cache_folder() / "models" / f"{stem}-{digest[:16]}"
-    sha256 = prepare(folder, build).sha256
+    sha256 = prepare(folder, build, check=check).sha256
     return Checkpoint(name, folder, tuple(_weights(folder)), folder, sha256, None)
 
 
-def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Convert, again: bool) -> Checkpoint:
+def _folder(
+    name: str, folder: Path, commit: str | None, convert_tokenizer: Convert, again: bool, check: bool
+) -> Checkpoint:
     present = {path.name for path in folder.iterdir()}
     if "adapter_config.json" in present:  # transformers would put it on the base without being asked
         raise InvalidCheckpoint(
@@ -274,7 +282,7 @@ def _folder(name: str, folder: Path, commit: str | None, convert_tokenizer: Conv
             )
 
         tokenizer = cache_folder() / "tokenizers" / digest_of(converted)[:32]
-        prepare(tokenizer, build)
+        prepare(tokenizer, build, check=check)
     return Checkpoint(name, folder, tuple(weights), tokenizer, sha256, commit)
 
 

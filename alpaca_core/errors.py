@@ -10,6 +10,7 @@
     └── LoadError               the model cannot be loaded
         ├── ModelNotFound       no such folder, file or hub repository
         ├── DeviceUnavailable   the asked-for device is not on this machine
+        ├── EngineUnavailable   the asked-for engine is not installed here
         ├── NotEnoughMemory     the weights do not fit
         ├── UnsafeCheckpoint    only a pickle is there, or code would have to be run
         ├── InvalidCheckpoint   missing, unexpected or non-finite tensors; unreadable files; another family
@@ -23,6 +24,7 @@ __all__ = [
     "AlpacaError",
     "DeviceUnavailable",
     "DigestMismatch",
+    "EngineUnavailable",
     "HostBusy",
     "HostError",
     "HostUnavailable",
@@ -100,6 +102,10 @@ class ModelNotFound(LoadError):
 
 class DeviceUnavailable(LoadError):
     """The device that was asked for is not on this machine."""
+
+
+class EngineUnavailable(LoadError):
+    """The engine that was asked for is not installed here."""
 
 
 class NotEnoughMemory(LoadError):

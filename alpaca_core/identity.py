@@ -6,7 +6,9 @@ from alpaca_core.model import AdapterInfo, ModelInfo
 from alpaca_core.spec import TemplateName, digest_of
 
 
-def identity(base: str, adapters: Sequence[AdapterInfo], quantization: str, dtype: str, merged: bool) -> str:
+def identity(
+    base: str, adapters: Sequence[AdapterInfo], quantization: str, dtype: str, merged: bool, engine: str
+) -> str:
     """Hash everything that can change a result, versions of libraries and shapes of passes aside.
 
     Args:
@@ -15,9 +17,13 @@ def identity(base: str, adapters: Sequence[AdapterInfo], quantization: str, dtyp
         quantization: As in `ModelSpec`.
         dtype: Of weights and activations, such as ``bfloat16``.
         merged: Whether the adapter is part of the base weights.
+        engine: Its name. vLLM's counts: it draws other tokens for a seed, and in bfloat16 gives a row other numbers
+            than ours, and again others from call to call.
     """
+    named = {"engine": engine} if engine == "vllm" else {}
     return digest_of(
         {
+            **named,
             "base": base,
             "adapters": {adapter.name: [adapter.digest, adapter.template] for adapter in adapters},
             "quantization": quantization,
@@ -46,4 +52,4 @@ def as_asked(
         merged: Whether the adapter is part of the base weights.
     """
     told = info.model_copy(update={"adapters": tuple(adapters), "template": template})
-    return shaped(told, identity(base, adapters, info.quantization, info.dtype, merged), info.shape)
+    return shaped(told, identity(base, adapters, info.quantization, info.dtype, merged, info.engine), info.shape)

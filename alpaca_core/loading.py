@@ -32,6 +32,7 @@ def load_model(spec: ModelSpec | None = None) -> Iterator[LanguageModel]:
         InvalidRequest: For a name or JSON in place of a recipe.
         ModelNotFound: If there is no such model or adapter, or the hub cannot be reached.
         DeviceUnavailable: If the device is not on this machine.
+        EngineUnavailable: If vLLM is asked for, and not installed.
         NotEnoughMemory: If the weights do not fit into the spec's share of the memory.
         UnsafeCheckpoint: If only a pickle is there, or code would have to be run.
         InvalidCheckpoint: If tensors are missing, unexpected, misshapen or not finite, or the model

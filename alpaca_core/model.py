@@ -24,6 +24,7 @@ ErrorCode = Literal[
     "not_enough_memory",  # the row finds no memory even alone
     "engine_failed",  # the engine died of the row, more than once
     "no_spelling",  # a label cannot be told apart from the others after this prompt
+    "not_supported",  # the model's engine does not do what the row asks for
 ]
 ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
 
@@ -226,21 +227,21 @@ class LanguageModel(Protocol):
 
 
 class Feed(Protocol):
-    """An engine step by step, for whoever runs rows of many callers: a host.
+    """Rows on their way through an engine: they may come at any time, and come out as they end.
 
-    Rows come in at any time, under keys of the caller's, and out as they end. One thread uses a feed.
+    One thread uses a feed; several feeds of one model may share its passes.
     """
 
     def add(self, key: int, row: GenerateRow | ScoreRow) -> None:
-        """Line up a row; one that is refused comes out as a `RowError` at the next step."""
+        """Take a row of any kind. One that is refused comes out as a `RowError` at the next step."""
         ...
 
     def drop(self, key: int) -> None:
-        """Take a row out, if it is still there: its result never comes."""
+        """Forget a row: its result never comes out. Of a key that is not there nothing is said."""
         ...
 
     def step(self) -> list[tuple[int, Completion | list[float] | RowError]]:
-        """Take one step of the engine; return the rows that have ended."""
+        """Take one step of the engine; return the rows that have ended, by their keys."""
         ...
 
     def __len__(self) -> int:

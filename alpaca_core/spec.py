@@ -78,6 +78,9 @@ class ModelSpec(Value):
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: transformers' placement over several devices: ``auto``, ``balanced``, ``balanced_low_0`` or
             ``sequential``; excludes `device`.
+        engine: ``auto`` is our own, on transformers' network where the family is none of LLaMA's. ``vllm`` is vLLM's
+            (extra ``vllm``), without quantization, merging and `device_map`: see docs/engines.md.
+        tensor_parallel_size: GPUs over which vLLM splits each layer; above 1 for that engine alone.
         template: ``auto`` takes what the adapter records, else the model's chat template, else Alpaca.
             ``alpaca`` ends in ``### Response:``, ``alpaca-lora`` in that and a newline; ``raw`` adds nothing.
         batch_size: Sequences computed together at most; a row with beams counts as many.
@@ -113,6 +116,8 @@ class ModelSpec(Value):
     device_map: Annotated[Literal["auto", "balanced", "balanced_low_0", "sequential"] | None, Unset] = Field(
         default=None, description="transformers' placement over several devices, such as auto."
     )
+    engine: Literal["auto", "vllm"] = Field(default="auto", description="auto: our own; vllm: vLLM's, extra vllm.")
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1024, description="GPUs that vLLM splits each layer over.")
     template: TemplateName = Field(
         default="auto", description="Prompt template; auto asks the adapter, then the model."
     )
@@ -138,10 +143,32 @@ class ModelSpec(Value):
             )
         if self.device_map is not None and self.device != "auto":
             raise ValueError(f"device_map={self.device_map!r} places the model, so device={self.device!r} has no say.")
+        self._check_engine()
         names = [adapter.name for adapter in self.adapters]
         if len({*names, "default"}) != len(names) + 1:
             raise ValueError(f"adapter names must be unique, and 'default' is the spec's own; got {names}.")
         return self
+
+    def _check_engine(self) -> None:
+        if self.engine != "vllm":
+            if self.tensor_parallel_size > 1:
+                raise ValueError(
+                    f"tensor_parallel_size={self.tensor_parallel_size} is vLLM's, but engine is {self.engine!r}. "
+                    'Use engine="vllm", or spread the model with device_map.'
+                )
+            return
+        if self.quantization != "none":
+            raise ValueError(
+                f"vLLM loads plain weights here, but quantization is {self.quantization!r}. "
+                'Use engine="auto", or quantization="none".'
+            )
+        if self.merge_adapter:
+            raise ValueError('vLLM keeps adapters beside the base, but merge_adapter=True. Drop it, or engine="vllm".')
+        if self.device_map is not None:
+            raise ValueError(
+                f"device_map={self.device_map!r} is transformers' placement, and engine is vLLM. "
+                "Use tensor_parallel_size."
+            )
 
     @classmethod
     def preset(cls, name: str) -> Self:

@@ -1,11 +1,12 @@
 """Text to tokens and back, without torch, and without user text ever becoming a control token.
 
-A ``tokenizer.json`` is read twice. `_full` is the tokenizer as published; it decodes. `_plain` is the
+A ``tokenizer.json`` is read twice or more. `_full` is the tokenizer as published; it decodes. `_plain` is the
 same with every control token taken out of its vocabulary, so that no text can reach one: flags such as
 ``split_special_tokens`` still let added, non-special tokens through, and flags on a shared Rust object
 gave two threads one another's settings. Control tokens are put in by id, by `prompts.py` alone.
 """
 
+import copy
 import json
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+import orjson
 import tokenizers
 
 from alpaca_core.errors import InvalidCheckpoint, RowRejected
@@ -42,20 +44,19 @@ class Tokenizer:
 
     def __init__(self, definition: str, eos_ids: Sequence[int] = (), named: Mapping[str, str] | None = None) -> None:
         try:
-            parsed: dict[str, Any] = json.loads(definition)
+            parsed: dict[str, Any] = orjson.loads(definition)
             self._full = tokenizers.Tokenizer.from_str(definition)
             self._full.no_padding()
             self._full.no_truncation()
             self.special_ids: dict[str, int] = {
                 token["content"]: token["id"] for token in parsed["added_tokens"] if token["content"].strip()
             }
-            self._plain = tokenizers.Tokenizer.from_str(_without_control_tokens(parsed, first=True))
-            self._inner = tokenizers.Tokenizer.from_str(_without_control_tokens(parsed, first=False))
+            self._plain, self._inner = _without_control_tokens(self._full, parsed)
         except (ValueError, KeyError, TypeError, Exception) as error:  # tokenizers raises bare Exception
             raise InvalidCheckpoint(f"tokenizer.json cannot be read ({error}). Fetch the model again.") from error
         self.definition = definition
         self.eos_ids = tuple(eos_ids)
-        self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = _size(parsed)
         with_bos, bare = self._full.encode("a").ids, self._full.encode("a", add_special_tokens=False).ids
         self.prefix_ids: tuple[int, ...] = tuple(with_bos[: with_bos.index(bare[0])]) if bare else ()
         """Tokens that the model was trained to see before a text, such as BOS."""
@@ -245,53 +246,94 @@ class Tokenizer:
         return piece.replace("▁", " ").encode("utf-8")
 
 
+def _size(parsed: dict[str, Any]) -> int:
+    """One more than the greatest id."""
+    vocab = parsed["model"]["vocab"]
+    known = vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
+    return 1 + max([*known, *(token["id"] for token in parsed["added_tokens"])], default=-1)
+
+
 def meaning(text: str) -> str:
     """Reduce a text to what it says: no outer white space, no case, one Unicode form (NFKC)."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).strip().casefold()).strip()
 
 
-def _without_control_tokens(parsed: dict[str, Any], *, first: bool) -> str:
+def _without_control_tokens(
+    full: tokenizers.Tokenizer, parsed: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """Make the tokenizers of a text at the start of a prompt, and inside it. Making one from JSON takes a while."""
+    if _out_of_reach(parsed):  # the tables can be those of `full`: without its added tokens nothing leads to them
+        plain = tokenizers.Tokenizer(full.model)
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            if parsed.get(part):
+                setattr(plain, part, getattr(full, part))
+        definition = parsed
+    else:
+        definition = _stripped(parsed)
+        plain = _made_of(definition)
+    inner = _without_dummy_prefix(definition)
+    if all(inner[part] == definition.get(part) for part in ("normalizer", "pre_tokenizer")):
+        return plain, plain
+    return plain, _made_of(inner if definition is not parsed else _without_dummy_prefix(_stripped(parsed)))
+
+
+def _made_of(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_buffer(orjson.dumps(definition))
+
+
+def _out_of_reach(parsed: dict[str, Any]) -> bool:
+    """Say whether no text leads a BPE vocabulary to a control token: no merge touches one, no word is looked up."""
+    model = parsed["model"]
+    if model.get("type") != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
+        return False
+    added = [token["content"] for token in parsed["added_tokens"]]
+    if any(len(content) < 2 or not content.strip() or content == model.get("unk_token") for content in added):
+        return False
+    control = set(added)
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return not any(left in control or right in control or left + right in control for left, right in pairs)
+
+
+def _stripped(parsed: dict[str, Any]) -> dict[str, Any]:
     """Take the control tokens out of a tokenizer's definition, so that no text encodes to one."""
-    definition = json.loads(json.dumps(parsed))
-    control = {token["content"] for token in definition["added_tokens"] if token["content"].strip()}
-    definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["content"].strip()]
-    definition.update(post_processor=None, truncation=None, padding=None)
-    if not first:
-        _no_dummy_prefix(definition)
-    model = definition["model"]
+    control = {token["content"] for token in parsed["added_tokens"] if token["content"].strip()}
+    model = dict(parsed["model"])
     if isinstance(model["vocab"], dict):
         gone = control - {model.get("unk_token")}
         model["vocab"] = {piece: token for piece, token in model["vocab"].items() if piece not in gone}
         if "merges" in model:  # sentencepiece conversions hold merges that end in </s>
-            model["merges"] = [merge for merge in model["merges"] if not _reaches(merge, control)]
+            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+            model["merges"] = [
+                [left, right]
+                for left, right in pairs
+                if left not in control and right not in control and left + right not in control
+            ]
     else:  # Unigram: a list whose positions are the ids, so a piece is made unspeakable instead
         model["vocab"] = [
             [f"\0{place}\0", -1e9] if piece in control and place != model.get("unk_id") else [piece, score]
             for place, (piece, score) in enumerate(model["vocab"])
         ]
-    return json.dumps(definition)
+    added = [token for token in parsed["added_tokens"] if not token["content"].strip()]
+    return {**parsed, "model": model, "added_tokens": added, **dict.fromkeys(_AROUND)}
 
 
-def _reaches(merge: list[str] | str, control: set[str]) -> bool:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return bool({left, right, left + right} & control)
+_AROUND = ("post_processor", "truncation", "padding")
+"""Parts of a tokenizer that put something around a text, or cut it."""
 
 
-def _no_dummy_prefix(definition: dict[str, Any]) -> None:
+def _without_dummy_prefix(definition: dict[str, Any]) -> dict[str, Any]:
     """Take out the space that sentencepiece models put before a text, for text inside a prompt."""
-    normalizer = definition.get("normalizer") or {}
-    parts = normalizer.get("normalizers", [])
-    if normalizer.get("type") == "Prepend":
-        definition["normalizer"] = None
-    normalizer["normalizers"] = [part for part in parts if part["type"] != "Prepend"]
-    if normalizer.get("type") != "Sequence":
-        normalizer.pop("normalizers")
-    splitter = definition.get("pre_tokenizer") or {}
-    for part in [splitter, *splitter.get("pretokenizers", [])]:
+    normalizer, splitter = copy.deepcopy([definition.get("normalizer"), definition.get("pre_tokenizer")])
+    if normalizer and normalizer["type"] == "Prepend":
+        normalizer = None
+    elif normalizer and normalizer["type"] == "Sequence":
+        normalizer["normalizers"] = [part for part in normalizer["normalizers"] if part["type"] != "Prepend"]
+    for part in [splitter, *splitter.get("pretokenizers", [])] if splitter else []:
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"
         if part.get("type") == "ByteLevel":
             part["add_prefix_space"] = False
+    return {**definition, "normalizer": normalizer, "pre_tokenizer": splitter}
 
 
 def _byte_of() -> dict[str, int]:

@@ -65,12 +65,12 @@ def _number(value: float | None) -> str:
 
 
 def _ready(found: dict[str, Any]) -> list[str]:
-    lines = ["| | loaded | first token | everything ready | process |", "|---|---|---|---|---|"]
+    lines = ["| | imported | loaded | first token | everything ready | process |", "|---|---|---|---|---|---|"]
     for name, entry in found.items():
         if isinstance(entry, dict):
-            cells = [str(entry.get(key, "-")) for key in ("loaded", "first_token", "ready", "process")]
+            cells = [str(entry.get(key, "-")) for key in ("imported", "loaded", "first_token", "ready", "process")]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-            lines += [f"| | {entry['failed']!r} | | | |"] if "failed" in entry else []
+            lines += [f"| | {entry['failed']!r} | | | | |"] if "failed" in entry else []
     return lines
 
 
@@ -151,6 +151,7 @@ def _bars(axis: Any, case: dict[str, Any]) -> None:
 def draw_growth(figures: dict[str, Any], path: Path) -> None:
     """Draw how time per row grows with rows, prompts and labels."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     found = figures["sections"].get("growth", {})
     titles = {"rows": "rows in a call", "prompt": "tokens of a prompt", "labels": "labels of 1 to 3 tokens"}
@@ -168,6 +169,7 @@ def draw_growth(figures: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=title)
         sizes = sorted({int(size) for line in found.get(key, {}).values() for size in line})
         axis.set_xticks(sizes, labels=[f"{size:,}" for size in sizes], fontsize=8)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,.4g}")
         axis.minorticks_off()
         axis.set_title("milliseconds per row", fontsize=10, loc="left")

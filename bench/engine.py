@@ -21,6 +21,7 @@ import argparse
 import datetime
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from limits import Limit, ceilings
 from others import CONTINUOUS, Others
 from ours import Loaded, adapter_for, folder_of
 from seven_billion import machine, make_base
-from timing import Figures, Way, in_turn, settle, why
+from timing import OURS, Figures, Way, in_turn, settle, why
 
 from alpaca_core import ModelSpec
 
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--grow-rows", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--grow-prompt", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1_024, 2_000])
     parser.add_argument("--grow-labels", type=int, nargs="+", default=[2, 5, 10, 20, 50, 100, 200, 500])
+    parser.add_argument("--ways", nargs="+", help="beside ours only those whose name holds one of these")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120, help="of a section")
     parser.add_argument("--vllm-seconds", type=float, default=400, help="of vLLM's process, its start included")
@@ -198,26 +200,46 @@ class Run:
         best = min(call["seconds"])
         return {"per_s": units / best, "units": units, "seconds": best}
 
-    def case(self, section: str, name: str, limit: float, ways: dict[str, Way], share: float) -> None:
+    def case(
+        self,
+        section: str,
+        name: str,
+        limit: float,
+        ways: dict[str, Way],
+        share: float,
+        release: Callable[[], object] | None = None,
+    ) -> None:
         """Measure one case of a section in its share of the section's seconds.
 
         Continuous batching takes most of the memory that is left, so it comes last and with nothing beside it; so
-        does what had no memory beside the others.
+        does what had no memory beside the others. Where `release` is given, ours comes first and gives its cache
+        back before others begin, and `release` gives back what they keep before what comes last.
         """
         path = ("sections", section, "cases", name)
         self.figures.put(*path, "limit", limit)
+        chosen = self.options.ways or [""]
+        ways = {way: ways[way] for way in ways if way.startswith(OURS) or any(part in way for part in chosen)}
 
         def measure(some: dict[str, Way], seconds: float) -> dict[str, dict[str, Any]]:
             return in_turn(some, self.options.repeat, seconds, lambda way, entry: put(*path, "ways", way, entry))
 
         put, seconds = self.figures.put, self.options.seconds * share
         apart = {way: ways[way] for way in ways if way == CONTINUOUS}
+        if release is not None:
+            measure({way: ways[way] for way in ways if way.startswith(OURS)}, 1.0)
+            self._close()
+            ways = {way: ways[way] for way in ways if not way.startswith(OURS)}
         found = measure({way: ways[way] for way in ways if way not in apart}, seconds * (0.6 if apart else 1.0))
         apart |= {way: ways[way] for way in found if "OutOfMemory" in found[way].get("failed", "")}
         for way in apart:
-            assert self._loaded is not None
-            self._loaded.close()
+            self._close()
+            if release is not None:
+                release()
             measure({way: ways[way]}, 0.4 * seconds / len(apart))
+
+    def _close(self) -> None:
+        assert self._loaded is not None
+        self._loaded.close()
 
     def generate(self) -> None:
         """New tokens per second."""
@@ -231,7 +253,8 @@ class Run:
             ways |= others.ways_to_generate(rows, options.prompt, options.tokens, options.few)
             name = f"{rows} at once"
             limit = self.limit().generate(rows, options.prompt, options.tokens)
-            self.case("generate", name, limit, ways, 1 / len(options.rows))
+            on_gpu = self.device.type == "cuda"  # where memory is short, and ours takes what it can
+            self.case("generate", name, limit, ways, 1 / len(options.rows), others.release if on_gpu else None)
             others.release()
             told = self._of_vllm(f"generate {rows}", rows * options.tokens)
             self.figures.put("sections", "generate", "cases", name, "ways", "vLLM", told)

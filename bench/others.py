@@ -5,6 +5,7 @@ Each way takes new prompts at each call, and says how many tokens or items it di
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from logging import getLogger
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy
 import tokenizers
 import torch
 from timing import Left, Way
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 from words import Words
 
@@ -71,7 +72,8 @@ class Others:
         }
 
     def release(self) -> None:
-        """Give back what ways keep from call to call."""
+        """Give back what ways keep from call to call, compiled code too: it is made anew for another number of rows."""
+        torch.compiler.reset()
         if hasattr(self._network, "destroy_cached_continuous_batching_manager"):
             self._network.destroy_cached_continuous_batching_manager()
 
@@ -117,9 +119,12 @@ class Others:
         if not hasattr(self._network, "generate_batch"):
             raise Left("this network has no generate_batch")
         settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=-1)
+        # it would ask a hub for a flash kernel where no package brings one
+        flash = any(map(find_spec, ("flash_attn", "flash_attn_interface")))
         found = self._network.generate_batch(
             [list(each) for each in self._words.draw(rows, prompt)],
             generation_config=settings,
+            continuous_batching_config=ContinuousBatchingConfig(auto_switch_to_flash=flash),
             max_new_tokens=tokens,
             persistent_manager=True,
         )

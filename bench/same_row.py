@@ -11,7 +11,8 @@ are forgotten.
 
 transformers draws all rows of a batch from one generator, so at temperature 1 no row could be the same in other
 company: it is run greedily, and its rows are padded on the left, in batches as they come. vLLM gets a seed for each
-request, and its prefix cache is on, as it is unless it is told otherwise (where it runs: `vllm_rows.py`).
+request, and its prefix cache is on, as it is unless it is told otherwise (where it runs: `vllm_rows.py`). It comes
+first, since it starts where most of the memory is free alone.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
 
 LABELS = (5, 9)
 WHO = ("ours", "transformers", "vLLM")
+AGAIN = "in a second process"
 Prompts = list[tuple[int, ...]]
 Row = list[Any]
 """Tokens, and log-probabilities of the labels."""
@@ -55,7 +57,8 @@ def main() -> None:
     figures = Figures(options.out)
     figures.put("machine", machine())
     figures.put("options", {name: str(value) for name, value in vars(options).items() if value is not None})
-    for who in options.who:
+    settle()
+    for who in sorted(options.who, key="vLLM".__ne__):  # first the one that wants the memory for itself
         started = time.perf_counter()
         figures.put("runs", who, {})
         try:
@@ -83,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a response")
     parser.add_argument("--longest", type=int, default=220, help="tokens of the longest prompt")
     parser.add_argument("--who", nargs="+", choices=WHO, default=list(WHO))
+    parser.add_argument("--cases", nargs="+", help="only these, by the names that the table has")
     parser.add_argument("--vllm-seconds", type=float, default=300, help="of each of vLLM's two processes")
     parser.add_argument("--out", type=Path, help="write the log here as JSON")
     parser.add_argument("--first", type=Path, help=argparse.SUPPRESS)  # of the second process
@@ -133,6 +137,7 @@ def cases(spec: ModelSpec, options: argparse.Namespace) -> dict[str, tuple[list[
         "among other rows": [among],
         "alone": [[row] for row in mixed[: options.alone]],
     }
+    orders = {name: order for name, order in orders.items() if not options.cases or name in options.cases}
     known = [*rows, *others]
     return {name: ([[known[row] for row in part] for part in parts], parts) for name, parts in orders.items()}
 
@@ -166,17 +171,19 @@ def of_a_model(who: str, spec: ModelSpec, options: argparse.Namespace, figures: 
         figures.put("runs", who, name, compare(reference, calls(prompts, parts), parts))
     del calls
     settle()
+    if options.cases and AGAIN not in options.cases:
+        return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "first.json")
         given = sys.argv[1:] if options.adapter is None else [*sys.argv[1:], "--adapter", options.adapter]
         command = [sys.executable, __file__, *given, "--who", who, "--first", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            figures.put("runs", who, "in a second process", {"failed": done.stderr[-400:]})
+            figures.put("runs", who, AGAIN, {"failed": done.stderr[-400:]})
             return
         again = json.loads(out.read_text(encoding="utf-8"))
     parts = [list(range(len(reference)))]
-    figures.put("runs", who, "in a second process", compare(reference, again, parts))
+    figures.put("runs", who, AGAIN, compare(reference, again, parts))
 
 
 def ours(spec: ModelSpec, options: argparse.Namespace) -> Calls:
@@ -237,7 +244,7 @@ def of_vllm(spec: ModelSpec, options: argparse.Namespace, figures: Figures) -> N
         for name in names:
             if {f"{name} tokens", f"{name} scores"} <= told["calls"].keys():
                 written, scored = (told["calls"][f"{name} {kind}"]["rows"] for kind in ("tokens", "scores"))
-                label = name if process == "one" else "in a second process"
+                label = name if process == "one" else AGAIN
                 found[label] = [[row[0], scores[1]] for row, scores in zip(written, scored, strict=True)]
         for reason in ("left_out", "failed"):
             if reason in told:

@@ -34,7 +34,8 @@ def int8(run: Any) -> None:
         }
         ways |= {name: theirs[name] for name in ("transformers", "the notebook's loop")}
         limit = run.limit(int8=True).generate(rows, options.prompt, options.tokens)
-        run.case("int8", f"tok/s, {rows} at once", limit, ways, 1 / (1 + len(options.rows)))
+        release = others.release if run.device.type == "cuda" else None
+        run.case("int8", f"tok/s, {rows} at once", limit, ways, 1 / (1 + len(options.rows)), release)
     loaded.model(max(options.rows))
     theirs = others.ways_to_judge(options.judged, options.prompt, 0, max(2, options.few // 8))
     ways = {"ours": lambda: loaded.judge(options.judged, options.prompt, 0)}
@@ -161,10 +162,12 @@ def growth(run: Any) -> None:
         return loaded.judge(items, options.prompt, half, Trie.of(loaded.words.labels(labels))[0])
 
     def cappr(labels: int) -> int:
-        others = Others(loaded.network, loaded.tokenizer, loaded.words, few)
+        loaded.close()  # the last line: our cache has most of the memory by now
+        items, batch = (64, max(1, rows // labels)) if run.device.type == "cuda" else (few, few)
+        others = Others(loaded.network, loaded.tokenizer, loaded.words, batch)
         names = tuple(loaded.words.text(label) for label in loaded.words.labels(labels))
-        texts = [loaded.words.text(each) for each in loaded.words.draw(few, options.prompt)]
-        return len(cappr_table(loaded.network, others._tokenizer, texts, names, few))
+        texts = [loaded.words.text(each) for each in loaded.words.draw(items, options.prompt)]
+        return len(cappr_table(loaded.network, others._tokenizer, texts, names, batch))
 
     fits = [min(size, loaded.info.context_length - tokens - 1) for size in options.grow_prompt]
     lines: dict[str, tuple[Sequence[int], dict[str, Callable[[int], int]]]] = {

@@ -97,7 +97,7 @@ def in_turn(
     """
     end = time.perf_counter() + seconds
     found: dict[str, dict[str, Any]] = {}
-    last = list(ways)[-1]
+    last = next(reversed(ways), None)
     for place in range(repeat + 1):
         for name, way in ways.items():
             entry = found.setdefault(name, {})

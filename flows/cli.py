@@ -21,13 +21,14 @@ from alpaca_core.calibration import CalibrationMethod
 from alpaca_core.errors import AlpacaError, InvalidRequest
 from alpaca_core.judging import Method
 from alpaca_core.spec import TemplateName
-from prefect_alpaca.flows import commands, labelled
+from prefect_alpaca.flows import commands, hosting, labelled
 from prefect_alpaca.flows.options import (
     Parser,
     diagram_of,
     label_of,
     model_options,
     one_line,
+    port_of,
     row_options,
     sampling_options,
     share_of,
@@ -208,6 +209,23 @@ def _parser() -> Parser:
     add("--revision", metavar="COMMIT", help="commit of the hub repository")
     add("--out", type=Path, metavar="FOLDER", help="new folder for the result (default: the cache)")
     add("--json", action="store_true", help="print one JSON object")
+
+    about = "serve a model to other processes and machines, which name it by ALPACA_HOST=http://..."
+    add = command("serve", "", hosting.run_serve, about, model)
+    add(
+        "--address",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="where to listen (default 127.0.0.1); others need a token",
+    )
+    add("--port", type=port_of, default=8642, metavar="N", help="likewise (default 8642)")
+    add("--token-file", type=Path, metavar="FILE", help="holds the token that requests bear (else ALPACA_HOST_TOKEN)")
+
+    about = "look at the hosts that keep models warm on this machine, or end them"
+    add = command("host", "status|stop [KEY ...]", hosting.run_host, about)
+    add("action", choices=("status", "stop"), help="status tells model, queue and speed; stop ends hosts at once")
+    add("keys", nargs="*", metavar="KEY", help="beginnings of the keys of hosts to end (default: all)")
+    add("--json", action="store_true", help="print one JSON object a host, on one line")
 
     add = command("doctor", "", commands.run_doctor, "check this machine and a model, and say what to do", model)
     add("--verify", action="store_true", help="also hash all files of the model again")

@@ -1,10 +1,11 @@
 """What `alpaca doctor` looks at: each thing that has to be right, what was found, and what to do."""
 
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Literal
 
@@ -15,7 +16,11 @@ from packaging.specifiers import SpecifierSet
 from alpaca_core import Judgment, ModelSpec, judge, load_model
 from alpaca_core.cache import cache_folder
 from alpaca_core.errors import AlpacaError
+from alpaca_core.host.launcher import chosen
+from alpaca_core.host.neighbours import hosts
+from alpaca_core.host.protocol import Status
 from alpaca_core.loading import verify_checkpoint
+from prefect_alpaca.flows.hosting import described, status_at
 
 _GIB = 2**30
 _POOL = "gpu"
@@ -45,6 +50,7 @@ def examine(spec: ModelSpec, *, verify: bool = False) -> Iterator[Check]:
     if verify:
         yield _look("files", lambda: _files(spec))
     yield _look("model", lambda: _model(spec))
+    yield from _hosts()
     yield from _prefect()
 
 
@@ -124,6 +130,26 @@ def _model(spec: ModelSpec) -> Check:
     if not isinstance(row, Judgment):
         return Check("model", "broken", f"{loaded}, but {row.message}")
     return Check("model", "ok", f"{loaded}, and it judges")
+
+
+def _hosts() -> Iterator[Check]:
+    found = [_kept(status) for _, status in hosts()]
+    yield from found or [Check("host", "ok", "none keeps a model warm; the runs of a deployment start one")]
+    yield from [_look("host", _host_at)] if os.environ.get("ALPACA_HOST") else []
+
+
+def _host_at() -> Check:
+    where = chosen()
+    if where in ("off", "auto"):
+        return Check("host", "ok", f"ALPACA_HOST={where}")
+    kept = _kept(status_at(where))
+    return replace(kept, found=f"{where}: {kept.found}")
+
+
+def _kept(status: Status) -> Check:
+    if status.state == "failed":
+        return Check("host", "broken", described(status), "Read its log, and `alpaca host stop` it.")
+    return Check("host", "ok", described(status))
 
 
 def _prefect() -> Iterator[Check]:

@@ -44,6 +44,9 @@ def model_options() -> Parser:
     group.add_argument("--quantization", choices=_choices("quantization"), help="bitsandbytes quantization")
     group.add_argument("--dtype", choices=_choices("dtype"), help="of the weights; bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--engine", choices=_choices("engine"), help="auto is our own; vllm needs the extra vllm")
+    about = "GPUs over which vLLM splits each layer"
+    group.add_argument("--tensor-parallel-size", type=int, metavar="N", help=about)
     group.add_argument("--template", choices=get_args(TemplateName), help="prompt template instead of the model's own")
     group.add_argument("--batch-size", type=int, metavar="ROWS", help="rows computed together at most")
     group.add_argument("--memory-share", type=float, metavar="SHARE", help="of the device's memory (default 0.9)")
@@ -78,7 +81,16 @@ def spec_of(options: argparse.Namespace) -> ModelSpec:
     except InvalidRequest:
         base = {"base_model": options.model}
     source = ("revision", "adapter", "adapter_revision")
-    run = ("quantization", "dtype", "device", "template", "batch_size", "memory_share")
+    run = (
+        "engine",
+        "tensor_parallel_size",
+        "quantization",
+        "dtype",
+        "device",
+        "template",
+        "batch_size",
+        "memory_share",
+    )
     return ModelSpec.model_validate(base | _given(options, (*source, *run)))
 
 
@@ -177,6 +189,17 @@ def reference_of(arguments: list[str]) -> list[str]:
         else:
             rows += [line.strip() for line in _content(argument, "a file of rows").split("\n") if line.strip()]
     return rows
+
+
+def port_of(text: str) -> int:
+    """Read a port of TCP.
+
+    Raises:
+        argparse.ArgumentTypeError: For anything else, so that argparse names the option.
+    """
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 2**16):
+        raise argparse.ArgumentTypeError(f"it lies between 1 and {2**16 - 1:,}, but got {text!r:.80}. Use 8642.")
+    return int(text)
 
 
 def share_of(text: str) -> float:

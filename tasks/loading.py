@@ -10,7 +10,7 @@ from prefect_alpaca.tasks.rows import Json
 
 @task(task_run_name="load {model.base_model}", cache_policy=NO_CACHE, result_serializer="json")
 def load_model(model: ModelSpec) -> Json:
-    """Load a model into this process, so that the tasks after it find it warm.
+    """Load a model, here or at this machine's host, so that the tasks after it find it warm.
 
     Args:
         model: The recipe.

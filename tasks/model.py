@@ -1,6 +1,6 @@
-"""The models of this process: each loaded once, kept warm, shared by every task that runs here.
+"""The models of this process: each opened once, here or at a host, and shared by every task that runs here.
 
-Specs that differ only in their template share one load. A model is kept until the process ends.
+Specs that differ only in their template share one. A model is kept until the process ends; at a host it stays warm.
 """
 
 import atexit
@@ -37,7 +37,7 @@ def loaded(spec: ModelSpec) -> LanguageModel:
     recipe = spec.model_copy(update={"template": "auto"})
     with _lock:
         if recipe not in _models:
-            run_logger().info("Loading %s", spec.base_model)
+            run_logger().info("Loading %s, or finding it warm", spec.base_model)
             _models[recipe] = _open.enter_context(alpaca_core.load_model(recipe))
         model = _models[recipe]
     return model if spec == recipe else _Templated(model, spec.template)

@@ -1,7 +1,6 @@
 """What engines have in common: the rows that they refuse, the names of adapters, and completions."""
 
 import gc
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from alpaca_core.engines.checking import check_row, completion
 from alpaca_core.engines.decoding import Reply
 from alpaca_core.errors import RowRejected
-from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow, check_fits
+from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.tokenizer import Tokenizer
 
 
@@ -42,25 +42,9 @@ class Engine:
         self._device = torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
         self._dtype: torch.dtype = embedding.weight.dtype
 
-    def _check(
-        self, row: GenerateRow | ScoreRow, new_tokens: int, setting: str, continuation: Sequence[int] = ()
-    ) -> None:
-        """Refuse what the network would fail on, or answer wrongly; an id out of range ends a CUDA context."""
-        if not row.prompt_ids:
-            raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
-        check_fits(len(row.prompt_ids), new_tokens, self.info, setting)
-        vocab = self.info.vocab_size
-        for tokens in (row.prompt_ids, continuation):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
-                strange = next(token for token in tokens if not 0 <= token < vocab)
-                raise RowRejected(
-                    "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange}. Check the id."
-                )
-        if row.adapter is None and self.info.adapters and not self._adapted:
-            raise RowRejected(
-                "unknown_adapter",
-                "a row asks for the bare base, but the adapter is merged into it. Load with merge_adapter=False.",
-            )
+    def _check(self, row: GenerateRow | ScoreRow) -> None:
+        """Refuse a row that the network would fail on, or answer wrongly."""
+        check_row(row, self.info, merged=not self._adapted)
 
     def _adapter(self, row: GenerateRow | ScoreRow) -> str | None:
         """The PEFT name of what the row asks for; None is the bare base."""
@@ -70,15 +54,7 @@ class Engine:
     def _completion(self, row: GenerateRow, outcome: Reply | RowRejected) -> Completion | RowError:
         if isinstance(outcome, RowRejected):
             return RowError.of(outcome)
-        tokens = tuple(token for token in outcome.token_ids if not self.tokenizer.is_special(token))
-        return Completion(
-            text=self.tokenizer.decode(tokens),
-            token_ids=tokens,
-            finish_reason="stop" if outcome.stopped else "length",
-            prompt_tokens=len(row.prompt_ids),
-            completion_tokens=len(tokens),
-            shape=outcome.shape,
-        )
+        return completion(row, outcome.token_ids, outcome.stopped, self.tokenizer, outcome.shape)
 
     def _at_device(self) -> AbstractContextManager[object]:
         """Make the model's GPU the one that streams, events and kernels are of."""

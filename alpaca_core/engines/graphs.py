@@ -72,7 +72,7 @@ class Stepper:
         stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 logits = self._run(size)
         except BaseException:
             torch.cuda.set_stream(stream)  # a capture that cannot even end leaves its own

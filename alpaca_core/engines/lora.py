@@ -79,11 +79,12 @@ def _fill(model: PeftModel, adapter: Adapter, name: str, dtype: torch.dtype) -> 
         tensor = tensors[key]
         if tensor.shape != place.shape:
             raise _other_base(adapter, f"{key} is {tuple(tensor.shape)}, where the base wants {tuple(place.shape)}")
-        place.data = tensor.to(place.device, dtype)
-        if not place.data.isfinite().all():
+        tensors[key] = tensor = tensor.to(dtype)
+        if not tensor.isfinite().all():
             raise InvalidAdapter(f"adapter weights must be finite, but {key} of {path} is not. Fetch it again.")
+        place.data = tensor.to(place.device)
     ends = [key for key in places if re.search(r"_A(\.|$)", key)]
-    live = [key for key in ends if places[key].any() and places[re.sub(r"_A(?=\.weight$|$)", "_B", key)].any()]
+    live = [key for key in ends if tensors[key].any() and tensors[re.sub(r"_A(?=\.weight$|$)", "_B", key)].any()]
     if not live or not adapter.lora.lora_alpha:
         raise InvalidAdapter(
             f"an adapter must change its base, but {path} adds zero everywhere: it was never trained. Leave it out."

@@ -154,11 +154,7 @@ class NativeModel(Engine):
 
     def _number(self, row: GenerateRow | ScoreRow) -> int:
         """Check a row, and return the number of its adapter; -1 is the bare base."""
-        if isinstance(row, GenerateRow):
-            self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
-        else:
-            trie = row.continuations
-            self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
+        self._check(row)
         name = self._adapter(row)
         return -1 if name is None else self._numbers[name]
 

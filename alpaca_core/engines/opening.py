@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from alpaca_core.model import LanguageModel
 from alpaca_core.spec import ModelSpec
@@ -19,6 +19,12 @@ def open_model(spec: ModelSpec) -> Iterator[LanguageModel]:
         LoadError: As `alpaca_core.loading.load_model`.
     """
     started = time.perf_counter()  # importing torch is part of what a user waits for
+    if spec.engine == "vllm":
+        from alpaca_core.engines.vllm import load_vllm
+
+        with closing(load_vllm(spec, started)) as served:
+            yield served
+        return
     from alpaca_core.engines.llama import runs
     from alpaca_core.engines.native import NativeModel
     from alpaca_core.engines.transformers import TransformersModel
@@ -28,7 +34,5 @@ def open_model(spec: ModelSpec) -> Iterator[LanguageModel]:
     engine = NativeModel if runs(loaded.network) else TransformersModel
     model = engine(loaded.network, loaded.tokenizer, loaded.info, spec.batch_size, spec.memory_share)
     del loaded
-    try:
+    with closing(model):
         yield model
-    finally:
-        model.close()

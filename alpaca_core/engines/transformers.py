@@ -67,7 +67,7 @@ class TransformersModel(Engine):
         """Generate as `generate` does, and give None after each token of a batch, so that others may have a turn."""
 
         def job(index: int, row: GenerateRow) -> Job:
-            self._check(row, row.sampling.max_new_tokens, "max_new_tokens")
+            self._check(row)
             new_tokens = row.sampling.max_new_tokens
             return Job(index, self._adapter(row), len(row.prompt_ids), row.sampling.num_beams, new_tokens)
 
@@ -89,7 +89,7 @@ class TransformersModel(Engine):
 
         def job(index: int, row: ScoreRow) -> Job:
             trie = row.continuations
-            self._check(row, max(trie.depths(), default=0), "the longest continuation", trie.tokens)
+            self._check(row)
             two_passes = any(parent >= 0 for parent in trie.parents)
             group = self._adapter(row), two_passes
             return Job(index, group, len(row.prompt_ids), new_tokens=max(trie.depths(), default=0))

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -58,13 +58,13 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
         LoadError: As `alpaca_core.loading.load_model`.
     """
     started = time.perf_counter() if started is None else started
-    device = _device(spec)
-    dtype = _dtype(spec, device)
+    device = device_of(spec)
+    dtype = dtype_of(spec, device)
     base, adapters = find(spec)
-    config = _config(base)
-    context_length = _context_length(base, config)  # refuses other families, before anything is read
+    config = config_of(base)
+    context_length_of(base, config)  # refuses other families, before anything is read
     tokenizer = base.open_tokenizer()
-    _check_memory(spec, base, device, dtype)
+    check_memory(spec, base, device, dtype)
     try:
         network: Any = _network(spec, base, device, dtype)
         if adapters:
@@ -74,33 +74,64 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
         network.eval().requires_grad_(False)
         quantized = spec.quantization != "none"
         # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
-        stored = ((name, file.get_tensor(name)) for name, file in _tensors(base, device))
-        _check_finite(stored if quantized else network.named_parameters(), base, dtype)
+        stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base, device))
+        check_finite(stored if quantized else network.named_parameters(), base, dtype)
     except Exception as error:
         if not ran_out(error):
             raise
         loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))
         raise NotEnoughMemory(f"{device} ran out of memory while it loaded {loading}. {_SMALLER}") from error
+    place = str(device) if spec.device_map is None else spec.device_map
+    memory = network.get_memory_footprint()
+    info = describe(spec, base, adapters, config, tokenizer, "transformers", place, dtype, memory, started)
+    return Weights(network, tokenizer, info)
+
+
+def describe(
+    spec: ModelSpec,
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    config: Any,
+    tokenizer: Tokenizer,
+    engine: str,
+    device: str,
+    dtype: torch.dtype,
+    memory: float,
+    started: float,
+) -> ModelInfo:
+    """Say what a loaded model is.
+
+    Args:
+        spec: The recipe.
+        base: Where the base lies.
+        adapters: Those of the spec, in its order.
+        config: As `config_of` returns it.
+        tokenizer: The model's.
+        engine: Its name.
+        device: As results call it.
+        dtype: That the model computes in.
+        memory: What the weights take, in bytes.
+        started: When the load began, by `time.perf_counter`.
+    """
     told = tuple(adapter.info for adapter in adapters)
     shown = str(dtype).removeprefix("torch.")
-    info = ModelInfo(
+    return ModelInfo(
         name=base.name,
-        digest=identity(base.digest, told, spec.quantization, shown, spec.merge_adapter),
-        engine="transformers",
-        device=str(device) if spec.device_map is None else spec.device_map,
+        digest=identity(base.digest, told, spec.quantization, shown, spec.merge_adapter, engine),
+        engine=engine,
+        device=device,
         dtype=shown,
         quantization=spec.quantization,
-        context_length=context_length,
+        context_length=context_length_of(base, config),
         vocab_size=config.vocab_size,
         eos_ids=tokenizer.eos_ids,
         template=spec.template,
         chat_template=base.chat_template,
         adapters=told,
         revision=base.revision,
-        memory_gib=network.get_memory_footprint() / _GIB,
+        memory_gib=memory / _GIB,
         load_seconds=time.perf_counter() - started,
     )
-    return Weights(network, tokenizer, info)
 
 
 def find(spec: ModelSpec, *, again: bool = False) -> tuple[Checkpoint, tuple[Adapter, ...]]:
@@ -109,7 +140,7 @@ def find(spec: ModelSpec, *, again: bool = False) -> tuple[Checkpoint, tuple[Ada
     return find_base(spec, unpack_gguf, convert_tokenizer, again=again), adapters
 
 
-def _device(spec: ModelSpec) -> torch.device:
+def device_of(spec: ModelSpec) -> torch.device:
     if spec.device == "cpu" or (spec.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     number = int(spec.device.partition(":")[2] or 0)
@@ -121,7 +152,7 @@ def _device(spec: ModelSpec) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+def dtype_of(spec: ModelSpec, device: torch.device) -> torch.dtype:
     chosen = ("float32" if device.type == "cpu" else "bfloat16") if spec.dtype == "auto" else spec.dtype
     dtype: torch.dtype = getattr(torch, chosen)
     return dtype
@@ -131,14 +162,14 @@ def bytes_needed(base: Checkpoint, quantization: str, dtype: torch.dtype) -> flo
     """Compute from the headers of the files what the weights will take, in bytes."""
     per_linear = {"none": dtype.itemsize, "int8": 1.0, "nf4": 0.5}[quantization]
     total = 0.0
-    for name, file in _tensors(base, torch.device("cpu")):
+    for name, file in stored_tensors(base, torch.device("cpu")):
         shape = file.get_slice(name).get_shape()
         linear = len(shape) == 2 and "embed" not in name and "lm_head" not in name
         total += torch.Size(shape).numel() * (per_linear if linear else dtype.itemsize)
     return total
 
 
-def _check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Compare what the weights will take with what is free, before anything is read."""
     needed = bytes_needed(base, spec.quantization, dtype)
     devices = [device]
@@ -196,7 +227,7 @@ def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: tor
     return network
 
 
-def _config(base: Checkpoint) -> Any:
+def config_of(base: Checkpoint) -> Any:
     """The configuration as transformers reads it."""
     config = read_json(base.folder / "config.json")
     if "quantization_config" in config:
@@ -219,7 +250,7 @@ _INPUTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def _context_length(base: Checkpoint, config: Any) -> int:
+def context_length_of(base: Checkpoint, config: Any) -> int:
     """Return how many tokens the network may read, each of which sees all before it.
 
     Scoring shows a token its whole path, so a sliding window ends the context; within it there is no
@@ -251,7 +282,7 @@ def _context_length(base: Checkpoint, config: Any) -> int:
     return int(min([config.max_position_embeddings, *limits]))
 
 
-def _tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]]:
+def stored_tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]]:
     """The name of each stored tensor, and the open file that holds it."""
     for name in base.weights:
         try:
@@ -262,7 +293,7 @@ def _tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]
             raise InvalidCheckpoint(f"{base.folder / name} cannot be read ({error}). Fetch the model again.") from error
 
 
-def _check_finite(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, dtype: torch.dtype) -> None:
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, dtype: torch.dtype) -> None:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue

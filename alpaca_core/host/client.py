@@ -1,6 +1,5 @@
 """A `LanguageModel` whose engine runs in a host: the same rows, the same results, no torch in this process."""
 
-import json
 import queue
 import random
 import threading
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import httpx
+import orjson
 
 from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest, RowRejected
 from alpaca_core.host.protocol import (
@@ -342,7 +342,7 @@ class _Call:
                     if self._cancelled.is_set():
                         return
                     if line:
-                        told = json.loads(line)
+                        told = orjson.loads(line)
                         if "failed" in told:
                             raise read_error(told["failed"])
                         index = order[told.pop("index")]
@@ -374,7 +374,7 @@ class _Wait:
 def _checked(response: httpx.Response) -> dict[str, Any]:
     """Return a reply's JSON; raise the error that it holds."""
     try:
-        told = response.json()
+        told = orjson.loads(response.content)
     except ValueError:
         told = None
     if response.status_code == 200 and isinstance(told, dict):

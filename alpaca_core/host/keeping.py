@@ -335,7 +335,9 @@ class WarmModel:
             same = [adapter.digest for adapter in info.adapters] == self._merged
         else:
             same = {adapter.digest for adapter in info.adapters} == set(self._adapters)
-        told = identity(self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter)
+        told = identity(
+            self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter, info.engine
+        )
         return same and told == (info.unshaped_digest or info.digest)
 
     async def _when_ready(self) -> Loaded:

@@ -65,12 +65,14 @@ def absolute(spec: ModelSpec) -> ModelSpec:
 
 
 def find_base_apart(spec: ModelSpec) -> Checkpoint:
-    """Find a spec's base model; what has to be converted first is converted by a process of its own.
+    """Find a spec's base model, which the engine will read and check.
+
+    What has to be converted first is converted by a process of its own.
 
     Raises:
         LoadError: As `alpaca_core.checkpoints.find_base`.
     """
-    return find_base(spec, _apart("unpack_gguf"), _apart("convert_tokenizer"))
+    return find_base(spec, _apart("unpack_gguf"), _apart("convert_tokenizer"), check=False)
 
 
 def device_of(spec: ModelSpec) -> str:
@@ -86,14 +88,15 @@ def device_of(spec: ModelSpec) -> str:
 
 
 def key_of(spec: ModelSpec, base: Checkpoint) -> str:
-    """Return the key of the host that a spec means: one for each base, its bits, and device.
+    """Return the key of the host that a spec means: one for each base, its bits, engine and device.
 
     Adapters are not part of it, unless they are merged into the base; nor are sizes of batches or shares of memory.
     """
     merged = [adapter.info.digest for adapter in find_adapters(spec)] if spec.merge_adapter else []
     device = device_of(spec)
     auto = "float32" if device == "cpu" else "bfloat16"
-    told = [base.digest, merged, spec.quantization, auto if spec.dtype == "auto" else spec.dtype, device]
+    dtype = auto if spec.dtype == "auto" else spec.dtype
+    told = [base.digest, merged, spec.quantization, dtype, device, spec.engine, spec.tensor_parallel_size]
     return digest_of([VERSION, version("prefect-alpaca"), *told])[:16]
 
 

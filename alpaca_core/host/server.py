@@ -92,7 +92,8 @@ async def _serve(
     warm = WarmModel(spec, settings, inherited=inherited, make_room=make_room)
 
     def leave() -> None:
-        server.should_exit = server.force_exit = True
+        config.timeout_graceful_shutdown = 0
+        server.should_exit = True
 
     app = application(warm, token, leave if stoppable else None)
     config = uvicorn.Config(

@@ -2,13 +2,19 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from alpaca_core import prompts
 from alpaca_core.model import LanguageModel
 from alpaca_core.prompts import Prompt, Template
 from alpaca_core.spec import TemplateName
+from alpaca_core.tokenizer import _made_of, _out_of_reach, _stripped
 
 TEMPLATES: list[TemplateName] = ["chat", "alpaca", "alpaca-lora", "raw"]
 TWO_FIELDS: dict[str, Callable[[Template, str, str], Prompt]] = {
@@ -70,3 +76,46 @@ def test_two_control_tokens_cut_into_one_another_are_text(embedded: LanguageMode
                 ids = tokenizer.encode(text)
                 assert not any(map(tokenizer.is_special, ids))
                 assert tokenizer.decode(ids) == text
+
+
+@cache
+def without_control_tokens(definition: str) -> tokenizers.Tokenizer:
+    parsed = json.loads(definition)
+    assert _out_of_reach(parsed), "else this would compare the slow way with itself"
+    return _made_of(_stripped(parsed))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=12), st.sampled_from(["<|im_start|>", "<|im_", "end|>", "<|endoftext|>", "<repo_name>"])
+        ),
+        max_size=8,
+    ).map("".join)
+)
+def test_tables_shared_with_the_published_tokenizer_encode_as_tables_without_control_tokens(
+    embedded: LanguageModel, text: str
+) -> None:
+    tokenizer = embedded.tokenizer
+    slow = without_control_tokens(tokenizer.definition)
+    assume(all(not 0xD800 <= ord(character) < 0xE000 for character in text))
+    assert tokenizer.encode(text) == slow.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, "inside") == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parsed: parsed["model"].update(ignore_merges=True),
+        lambda parsed: parsed["model"]["merges"].append(["<|im_", "start|>"]),
+        lambda parsed: parsed["added_tokens"].append({**parsed["added_tokens"][0], "content": "x", "id": 99_999}),
+        lambda parsed: parsed["model"].update(type="Unigram"),
+    ],
+)
+def test_tables_are_not_shared_where_a_text_might_reach_a_control_token(
+    embedded: LanguageModel, change: Callable[[dict[str, Any]], object]
+) -> None:
+    parsed = json.loads(embedded.tokenizer.definition)
+    change(parsed)
+    assert not _out_of_reach(parsed)

@@ -1,7 +1,11 @@
-"""Tiny random models: two LLaMA layers with grouped queries, in float32 on the CPU."""
+"""Tiny random models: two LLaMA layers with grouped queries, in float32 on the CPU.
+
+Where vLLM is installed, the contract tests are run on it alone: `make test-vllm`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,6 +19,9 @@ from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.model import AdapterInfo, ModelInfo
 from alpaca_core.tokenizer import Tokenizer
+from tests.engines.on_vllm import Served
+
+ON_VLLM = find_spec("vllm") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +61,7 @@ def make_network() -> Callable[..., LlamaForCausalLM]:
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
+                "head_dim": 32 if ON_VLLM else None,  # the smallest that it has for a CPU
                 "max_position_embeddings": 256,
                 "bos_token_id": None,
                 "eos_token_id": None,
@@ -94,9 +102,19 @@ def add_adapters() -> Callable[..., Any]:
     return add
 
 
-@pytest.fixture(scope="session", params=["native", "transformers"])
-def make_model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Networks that vLLM runs, closed in the end."""
+    networks = Served(tmp_path_factory)
+    yield networks
+    networks.close()
+
+
+@pytest.fixture(scope="session", params=["vllm"] if ON_VLLM else ["native", "transformers"])
+def make_model(request: pytest.FixtureRequest, tokenizer: Tokenizer, served: Served) -> Callable[..., Any]:
     """Wrap a network as a `LanguageModel`, on each engine; on the second alone where the first does not run it."""
+    if request.param == "vllm":
+        return partial(wrapped, served, tokenizer)
 
     def make(network: Any, *args: Any, **settings: Any) -> TransformersModel:
         engine = NativeModel if request.param == "native" and runs(network) else TransformersModel
@@ -125,7 +143,7 @@ def make_transformers(tokenizer: Tokenizer) -> Callable[..., TransformersModel]:
 
 
 def wrapped(
-    engine: type[TransformersModel],
+    engine: Callable[..., TransformersModel],
     tokenizer: Tokenizer,
     network: Any,
     adapters: Sequence[str] = (),
@@ -145,3 +163,11 @@ def wrapped(
         adapters=tuple(AdapterInfo(name=name, source="test", digest=name) for name in adapters),
     )
     return engine(network, tokenizer, info, batch_size)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what vLLM does not promise."""
+    if ON_VLLM:
+        for item in items:
+            if item.get_closest_marker("independent"):
+                item.add_marker(pytest.mark.skip(reason="ModelInfo.rows_independent is False on vLLM"))

@@ -69,6 +69,7 @@ def test_greedy_rows_equal_an_argmax_loop_and_transformers_generate(
         assert (found[place].finish_reason == "stop") == (theirs[-1] in eos)
 
 
+@pytest.mark.independent
 def test_a_row_gives_the_same_tokens_alone_in_any_batch_and_in_any_order(
     make_network: Callable[..., Any], make_model: Callable[..., Any], add_adapters: Callable[..., Any]
 ) -> None:

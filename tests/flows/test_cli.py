@@ -305,7 +305,7 @@ def test_people_get_something_to_read_without_escape_codes(command: str, capsys:
     "command",
     [
         *("", "generate", "answer", "judge", "classify", "same-meaning", "is-outlier", "rate", "calibrate"),
-        *("cascade", "measure", "fit-policy", "tokens", "import-adapter", "doctor"),
+        *("cascade", "measure", "fit-policy", "tokens", "import-adapter", "serve", "host", "doctor"),
     ],
 )
 def test_every_command_and_option_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +323,7 @@ def test_every_option_says_what_it_is() -> None:
                 parsers += action.choices.values()
             else:
                 assert action.help, (parser.prog, action.option_strings)
-    assert len(parsers) == 15
+    assert len(parsers) == 17
 
 
 def test_import_adapter_says_where_the_result_lies(

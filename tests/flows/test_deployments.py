@@ -15,8 +15,10 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from alpaca_core.host.neighbours import hosts, stop
 
 from .conftest import artifacts_of
 
@@ -62,10 +64,43 @@ def prefect(*arguments: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
+WATCH = """
+import atexit, os, pathlib, sys
+if run := os.environ.get("PREFECT__FLOW_RUN_ID"):
+    note = lambda: (pathlib.Path(os.environ["WATCHED"]) / run).write_text(str("torch" in sys.modules))
+    atexit.register(note)
+"""
+
+
+def watch(place: Path) -> None:
+    """Let each flow run write down, as it ends, whether its process has imported torch."""
+    for name in ("watch", "watched"):
+        (place / name).mkdir()
+    (place / "watch" / "sitecustomize.py").write_text(WATCH)
+
+
+@contextmanager
+def hosts_of(runtime: Path) -> Iterator[None]:
+    """Hosts outlive the runs that start them; these end with the block, and are looked at from this process, too."""
+    before = os.environ.get("ALPACA_RUNTIME")
+    os.environ["ALPACA_RUNTIME"] = str(runtime)
+    try:
+        yield
+    finally:
+        assert [path for path, _ in list(hosts()) if not stop(path)] == []
+        os.environ.pop("ALPACA_RUNTIME")
+        if before:
+            os.environ["ALPACA_RUNTIME"] = before
+
+
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="module")
+def client(place: Path) -> Iterator[SyncPrefectClient]:
     """The API of a server with our deployments, and a worker that waits in somebody else's project."""
-    place = tmp_path_factory.mktemp("prefect")
     elsewhere = place / "project"
     for name in ("tasks", "flows"):
         (elsewhere / name).mkdir(parents=True)
@@ -80,9 +115,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
         "PREFECT_API_URL": url,
         "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "ALPACA_RUNTIME": str(place / "runtime"),
+        "PYTHONPATH": str(place / "watch"),
+        "WATCHED": str(place / "watched"),
     }
+    watch(place)
     server = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    worker = (sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--limit", "1")
+    worker = (sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--limit", "2")
     with (
         running(*server, cwd=place, environment=environment, log=place / "server.log"),
         temporary_settings({PREFECT_API_URL: url}),
@@ -91,7 +130,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
         wait_for(lambda: api.api_healthcheck() is None, place / "server.log")
         prefect("work-pool", "create", "gpu", "--type", "process", environment=environment)
         prefect("deploy", "--all", environment=environment)
-        with running(*worker, cwd=elsewhere, environment=environment, log=place / "worker.log"):
+        with (
+            running(*worker, cwd=elsewhere, environment=environment, log=place / "worker.log"),
+            hosts_of(place / "runtime"),
+        ):
             yield api
 
 
@@ -122,6 +164,30 @@ def test_each_deployment_runs_to_completed_with_its_defaults(client: SyncPrefect
         rows = json.loads(str(artifacts[f"{flow}-table"]))
         assert rows
         assert all(row["error"] is None for row in rows)
+
+
+def test_all_runs_shared_one_warm_model_and_none_imported_torch(client: SyncPrefectClient, place: Path) -> None:
+    runs = [run.id for run in client.read_flow_runs(limit=200) if run.state and run.state.is_completed()]
+    assert len(runs) >= len(FLOWS)
+    wait_for(lambda: {str(run) for run in runs} <= {path.name for path in (place / "watched").iterdir()})
+    assert {path.read_text() for path in (place / "watched").iterdir()} == {"False"}
+    (status,) = [status for _, status in hosts()]
+    assert status.restarts == 0
+    assert status.rows > len(FLOWS)
+
+
+def test_cancelling_a_run_frees_the_engine_and_hurts_no_other(client: SyncPrefectClient) -> None:
+    deployment = client.read_deployment_by_name("answer-question/answer-question").id
+    long = {"questions": [f"Tell a long story about alpaca number {number}." for number in range(200)]}
+    cancelled = client.create_flow_run_from_deployment(deployment, parameters=long).id
+    wait_for(lambda: sum(status.running for _, status in hosts()) > 8)
+    other = client.create_flow_run_from_deployment(deployment).id
+    client.set_flow_run_state(cancelled, State(type=StateType.CANCELLING), force=True)
+    wait_for(lambda: sum(status.running + status.waiting for _, status in hosts()) < 8)
+    wait_for(lambda: (state := client.read_flow_run(cancelled).state) is not None and state.is_cancelled())
+    done = finished(client, other)
+    assert done.state is not None
+    assert done.state.is_completed()
 
 
 def test_every_field_of_every_form_is_described(client: SyncPrefectClient) -> None:

@@ -148,7 +148,7 @@ def test_a_download_takes_no_pickles_and_no_second_copies(tmp_path: Path, monkey
         asked.update(patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr("alpaca_core.checkpoints.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(InvalidCheckpoint, match=r"config.json"):
         find("someone/tiny")
     files = [
@@ -168,7 +168,7 @@ def test_the_hub_s_refusals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
         def refuse(*_: object, kind: type[Exception] = kind, **__: object) -> str:
             raise kind("no", response=httpx.Response(403, request=httpx.Request("GET", "https://localhost")))  # type: ignore[call-arg]
 
-        monkeypatch.setattr("alpaca_core.checkpoints.snapshot_download", refuse)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
         with pytest.raises(ModelNotFound, match=remedy):
             fetch("someone/gated", "abc", ("*.json",))
 

@@ -1,0 +1,102 @@
+"""On a GPU: a row's own bits, captures that fail, memory that runs out, the model's device whatever the caller's is."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.native import NativeModel
+from alpaca_core.tokenizer import Tokenizer
+from tests.engines.conftest import wrapped
+from tests.engines.test_native import results, texts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
+
+Make = Callable[..., NativeModel]
+
+
+@pytest.fixture
+def make(make_network: Callable[..., Any], tokenizer: Tokenizer) -> Make:
+    """Wrap a network of two layers in bfloat16, with heads as wide as products on a GPU want them."""
+
+    def made(device: str = "cuda:0", batch_size: int = 8) -> NativeModel:
+        shape = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024}
+        network = make_network(**shape).to(device, torch.bfloat16)
+        model = wrapped(NativeModel, tokenizer, network, batch_size=batch_size)
+        assert isinstance(model, NativeModel)
+        return model
+
+    return made
+
+
+def test_a_row_has_the_same_bits_in_another_order_and_alone(make: Make) -> None:
+    model, prompts = make(), texts(20)
+    expected = results(model, prompts)
+    order = random.Random(0).sample(range(20), 20)
+    assert results(make(), [prompts[place] for place in order]) == [expected[place] for place in order]
+    for place in order[:4]:
+        model._memory.pages.forget()
+        assert results(model, [prompts[place]]) == [expected[place]]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_capture_that_runs_out_of_memory_is_made_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    prompts, stream, failed = texts(12), torch.cuda.current_stream(), []
+    expected = results(make(), prompts)
+    plain = Llama.step
+
+    def step(self: Llama, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        logits = plain(self, tokens, *rest)
+        if torch.cuda.is_current_stream_capturing() and len(failed) < 3:
+            failed.append(1)
+            if not ends:
+                with pytest.raises(RuntimeError, match="captur"):
+                    tokens.tolist()  # a capture that this ended cannot be closed
+            raise torch.OutOfMemoryError("injected")
+        return logits
+
+    monkeypatch.setattr(Llama, "step", step)
+    assert results(make(), prompts) == expected
+    assert len(failed) == 3
+    assert torch.cuda.current_stream() == stream
+
+
+def test_memory_that_runs_out_one_time_in_five_changes_no_result(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, draw, failed = texts(16), random.Random(1), []
+    expected = results(make(), prompts)
+
+    def failing(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **settings: Any) -> torch.Tensor:
+            if draw.random() < 0.2:
+                failed.append(1)
+                raise torch.OutOfMemoryError("injected")
+            return plain(*args, **settings)
+
+        return call
+
+    for name in ("step", "read", "logits"):
+        monkeypatch.setattr(Llama, name, failing(getattr(Llama, name)))
+    assert results(make(), prompts) == expected
+    assert failed
+
+
+def test_a_callers_stream_changes_nothing(make: Make) -> None:
+    model, prompts = make(), texts(8)
+    expected = results(model, prompts)
+    model._memory.pages.forget()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert results(model, prompts) == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_runs_while_the_first_is_current(make: Make) -> None:
+    prompts = texts(8)
+    expected = results(make("cuda:0"), prompts)
+    with torch.cuda.device(0):
+        assert results(make("cuda:1"), prompts) == expected
+        assert torch.cuda.current_device() == 0
