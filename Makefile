@@ -1,6 +1,6 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format wheel screenshots bench bench-judge bench-peers clean
+.PHONY: help install demo test soak check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -18,6 +18,9 @@ demo: .venv/installed ## answer questions and judge headlines as Prefect flows, 
 
 test: .venv/installed ## run every test
 	$(BIN)/python -m pytest
+
+soak: .venv/installed ## kill hosts and engines at 50 random instants under load (minutes)
+	ALPACA_SOAK_KILLS=50 $(BIN)/python -m pytest tests/host/test_chaos.py
 
 check: .venv/installed ## lint, formatting, strict types
 	$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """A model that is kept warm: its engine, loaded again when it dies or has to have another adapter."""
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -73,7 +74,7 @@ class Settings:
             found,
             hang=_number("ALPACA_HOST_HANG", found.hang),
             idle=_number("ALPACA_HOST_IDLE", found.idle or 0),
-            queue=int(_number("ALPACA_HOST_QUEUE", found.queue)),
+            queue=math.ceil(_number("ALPACA_HOST_QUEUE", found.queue)),
         )
 
 
@@ -133,6 +134,8 @@ class WarmModel:
             LoadError: If the model, or an adapter, cannot be loaded.
         """
         self.scheduler.used = time.monotonic()
+        if self.settings.fixed:
+            self._check_known(spec)
         base, adapters = await asyncio.to_thread(lambda: (find_base_apart(spec), find_adapters(spec)))
         if (key := key_of(spec, base)) != self.key:
             raise InvalidRequest(
@@ -207,6 +210,21 @@ class WarmModel:
             return "leaving"
         return "failed" if self.error else "ready" if self._ready.is_set() else "loading"
 
+    def _check_known(self, spec: ModelSpec) -> None:
+        """Refuse what a host of the network was not started with, before any of it is looked for or fetched.
+
+        Raises:
+            InvalidRequest: With what it was started with.
+        """
+        asked, mine = _sources(spec), _sources(self._spec)
+        if asked[0] != mine[0] or not set(asked) <= set(mine):
+            told = ", ".join(repr(source) for source, _ in mine)
+            strange = ", ".join(f"{source!r:.100}" for source, _ in asked if (source, _) not in mine) or repr(asked[0])
+            raise InvalidRequest(
+                f"this host serves what it was started with ({told}), under those names and revisions, but the spec "
+                f"means {strange}. Ask for the former."
+            )
+
     async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
         """Load the engine again with adapters that it has not."""
         async with self._changing:
@@ -217,7 +235,7 @@ class WarmModel:
             if not missing:
                 return
             names = ", ".join(repr(adapter.source) for adapter in missing.values())
-            if self.settings.fixed:
+            if self.settings.fixed:  # known by name, but with other bytes than when it was started
                 raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
             await self._when_ready()
             self.scheduler.pause()
@@ -340,6 +358,13 @@ class WarmModel:
             self.scheduler.heard(message["ended"], message["tokens"])
         elif "info" in message and self.loaded is not None:
             self.loaded = replace(self.loaded, info=ModelInfo.model_validate(message["info"]))
+
+
+def _sources(spec: ModelSpec) -> list[tuple[str, str | None]]:
+    """What a spec names, each with its revision, the base first."""
+    own = [(spec.adapter, spec.adapter_revision)] if spec.adapter else []
+    named = [(adapter.source, adapter.revision) for adapter in spec.adapters]
+    return [(spec.base_model, spec.revision), *own, *named]
 
 
 def _no_process(error: OSError) -> HostUnavailable:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
-from alpaca_core.errors import InvalidAdapter
+from alpaca_core.errors import InvalidAdapter, InvalidRequest
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection
 from alpaca_core.model import GenerateRow, ScoreRow, Trie
@@ -186,3 +189,41 @@ def test_a_thousand_clients_leave_nothing_behind(hosted: Any, shared: Path) -> N
     after = host_of(shared)
     assert after is not None
     assert (after.waiting, after.running, after.restarts) == (0, 0, status.restarts)
+
+
+def test_a_host_of_the_network_wants_its_token_and_serves_what_it_was_started_with(
+    alone: Any, base: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(base, "default", "poet")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    program = (
+        "import sys\n"
+        "from alpaca_core.host.server import run_tcp\n"
+        "from alpaca_core.spec import ModelSpec\n"
+        "run_tcp(ModelSpec.model_validate_json(sys.argv[1]), '127.0.0.1', int(sys.argv[2]), 'secret')\n"
+    )
+    command = [sys.executable, "-c", program, spec.model_dump_json(), str(port)]
+    host = subprocess.Popen(command, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with pytest.raises(InvalidRequest, match="token"), at_host(spec, url):
+            pass
+        monkeypatch.setenv("ALPACA_HOST_TOKEN", "secret")
+        with at_host(spec, url) as model:
+            expected = work(alone, 3, ("default", "poet"))
+            assert work(model, 3, ("default", "poet")) == expected
+            for strange in (spec_of(base, "pirate"), ModelSpec(base_model="owner/name"), ModelSpec(base_model="/etc")):
+                with pytest.raises(InvalidRequest, match="started with"), at_host(strange, url):
+                    pass
+            with httpx.Client(base_url=url, headers={"authorization": "Bearer secret"}) as http:
+                assert http.post("/v1/stop", json={}).status_code == 422
+            # Ctrl-C in its terminal, for all that runs there: rows end first
+            running = model.generate([GenerateRow((1,), Sampling(max_new_tokens=600), adapter=None)] * 3)
+            ended = threading.Timer(0.3, lambda: os.killpg(host.pid, signal.SIGINT))
+            ended.start()
+            assert all(found.completion_tokens == 600 for _, found in running)
+        assert host.wait(20.0) == 0
+    finally:
+        host.kill()
+        host.wait()
