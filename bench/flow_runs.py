@@ -1,0 +1,194 @@
+"""Flow runs that share a warm model, through a real Prefect server and worker: first run, second run, many at once.
+
+    python bench/flow_runs.py --out flow-runs.json                  # minutes; a server and a worker on 127.0.0.1
+
+It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
+other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
+and after: memory, open files, threads.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+from uuid import UUID
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from alpaca_core.host.neighbours import hosts, stop
+
+ROOT = Path(__file__).parents[1]
+QUESTIONS = [f"Each of {cans} cans holds 5 pierogi. How many pierogi are there?" for cans in range(2, 6)]
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("flow-runs.json"))
+    parser.add_argument("--runs", type=int, default=32, help="flow runs at once")
+    parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of LoRA weights for some of them")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place, prefect_for(Path(place), options.runs) as client:
+        found = {"first": alone(client, "first"), "second": alone(client, "second")}
+        options.out.write_text(json.dumps(found, indent=2))
+        found |= together(client, [parameters_of(number, options.adapters) for number in range(options.runs)])
+        options.out.write_text(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
+
+
+def parameters_of(number: int, adapters: list[Path]) -> dict[str, Any]:
+    """The parameters of one of many runs: other questions, settings and adapters."""
+    model = {"adapter": str(adapters[number % len(adapters)])} if adapters else {}
+    samplings: list[dict[str, Any]] = [
+        {"max_new_tokens": 32},
+        {"max_new_tokens": 32, "temperature": 1.0, "seed": number},
+        {"max_new_tokens": 24, "temperature": 0.7, "top_p": 0.9},
+        {"max_new_tokens": 16, "num_beams": 2},
+    ]
+    return {
+        "questions": [f"{question} ({number})" for question in QUESTIONS],
+        "sampling": samplings[number % len(samplings)],
+        "model": model,
+    }
+
+
+def alone(client: SyncPrefectClient, name: str) -> dict[str, float]:
+    """Run one flow and say how long it took, and its tasks, in seconds."""
+    started = time.perf_counter()
+    run = ended(client, [begin(client, parameters_of(0, []))])[0]
+    took = time.perf_counter() - started
+    print(f"{name}: {took:.1f} s")
+    return {"from creation to its end": took, **tasks_of(client, run.id)}
+
+
+def together(client: SyncPrefectClient, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run flows at once and one after another, and compare what they found."""
+    before = looked_at()
+    runs = [begin(client, each) for each in parameters]
+    done = ended(client, runs)
+    after = looked_at()
+    running = [run.start_time for run in done if run.start_time]
+    last = max(run.end_time for run in done if run.end_time)
+    waits = [task["reason"] for run in done if "reason" in (task := tasks_of(client, run.id))]
+    rows = [rows_of(client, run.id) for run in done]
+    solo = [rows_of(client, ended(client, [begin(client, each)])[0].id) for each in parameters]
+    return {
+        "runs at once": len(parameters),
+        "seconds from the last start to the last end": (last - max(running)).total_seconds(),
+        "completed": sum(bool(run.state and run.state.is_completed()) for run in done),
+        "rows equal to those of the run alone": sum(a == b for a, b in zip(rows, solo, strict=True)),
+        "median and longest seconds of a run's reasoning": [median(waits), max(waits)] if waits else [],
+        "host before, after, and after the runs alone": [before, after, looked_at()],
+    }
+
+
+def looked_at() -> list[dict[str, Any]]:
+    """Memory in MiB, open files and threads of each host and its engine."""
+    return [
+        {
+            "rows": status.rows,
+            **{
+                name: [process.memory_info().rss >> 20, process.num_fds(), process.num_threads()]
+                for name, pid in (("host", status.pid), ("engine", status.engine_pid))
+                if pid and (process := psutil.Process(pid))
+            },
+        }
+        for _, status in hosts()
+    ]
+
+
+def begin(client: SyncPrefectClient, parameters: dict[str, Any]) -> UUID:
+    """Start a run of answer-question."""
+    deployment = client.read_deployment_by_name("answer-question/answer-question").id
+    run: UUID = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+    return run
+
+
+def ended(client: SyncPrefectClient, runs: list[UUID]) -> list[FlowRun]:
+    """Wait until runs have ended."""
+    while True:
+        found = [client.read_flow_run(run) for run in runs]
+        if all(run.state and run.state.is_final() for run in found):
+            return found
+        time.sleep(0.1)
+
+
+def tasks_of(client: SyncPrefectClient, run: UUID) -> dict[str, float]:
+    """How long each task of a run took, in seconds, by the first word of its name."""
+    own = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    tasks = client.read_task_runs(flow_run_filter=own)
+    return {
+        task.name.partition(" ")[0]: (task.end_time - task.start_time).total_seconds()
+        for task in tasks
+        if task.start_time and task.end_time
+    }
+
+
+def rows_of(client: SyncPrefectClient, run: UUID) -> object:
+    """The table that a run left."""
+    own = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    artifacts = client.read_artifacts(flow_run_filter=own)
+    return next((json.loads(str(each.data)) for each in artifacts if str(each.key).endswith("-table")), None)
+
+
+@contextmanager
+def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
+    """Run a server with our deployments, and a worker."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ |= {
+        "PREFECT_HOME": str(place / "home"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "ALPACA_RUNTIME": str(place / "run"),
+    }
+    command = [sys.executable, "-m", "prefect", "--no-prompt"]
+    with started([*command, "server", "start", "--host", "127.0.0.1", "--port", port], place / "server.log"):
+        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            while client.api_healthcheck() is not None:
+                time.sleep(0.5)
+            for line in (["work-pool", "create", "gpu", "--type", "process"], ["deploy", "--all"]):
+                subprocess.run([*command, *line], cwd=ROOT, check=True, capture_output=True)
+            with started([*command, "worker", "start", "--pool", "gpu", "--limit", str(runs)], place / "worker.log"):
+                try:
+                    yield client
+                finally:
+                    for path, _ in list(hosts()):
+                        stop(path)
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[None]:
+    """Run a process, which ends with the block, and all that it has started."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=log.parent)
+        try:
+            yield
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
