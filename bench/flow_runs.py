@@ -160,18 +160,21 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
         "ALPACA_RUNTIME": str(place / "run"),
     }
     command = [sys.executable, "-m", "prefect", "--no-prompt"]
-    with started([*command, "server", "start", "--host", "127.0.0.1", "--port", port], place / "server.log"):
-        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-            while client.api_healthcheck() is not None:
-                time.sleep(0.5)
-            for line in (["work-pool", "create", "gpu", "--type", "process"], ["deploy", "--all"]):
-                subprocess.run([*command, *line], cwd=ROOT, check=True, capture_output=True)
-            with started([*command, "worker", "start", "--pool", "gpu", "--limit", str(runs)], place / "worker.log"):
-                try:
-                    yield client
-                finally:
-                    for path, _ in list(hosts()):
-                        stop(path)
+    with (
+        started([*command, "server", "start", "--host", "127.0.0.1", "--port", port], place / "server.log"),
+        temporary_settings({PREFECT_API_URL: url}),
+        get_client(sync_client=True) as client,
+    ):
+        while client.api_healthcheck() is not None:
+            time.sleep(0.5)
+        for line in (["work-pool", "create", "gpu", "--type", "process"], ["deploy", "--all"]):
+            subprocess.run([*command, *line], cwd=ROOT, check=True, capture_output=True)
+        with started([*command, "worker", "start", "--pool", "gpu", "--limit", str(runs)], place / "worker.log"):
+            try:
+                yield client
+            finally:
+                for path, _ in list(hosts()):
+                    stop(path)
 
 
 @contextmanager
