@@ -65,7 +65,7 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
     tokenizer = base.open_tokenizer()
     check_memory(spec, base, device, dtype)
     try:
-        network: Any = _network(spec, base, device, dtype)
+        network: Any = open_network(spec, base, device, dtype)
         if adapters:
             network = attach(network, adapters, dtype)
         if spec.merge_adapter:
@@ -197,7 +197,7 @@ def check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype:
 _SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model, or free memory there."
 
 
-def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def open_network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     quantization = None
     if spec.quantization == "int8":
         # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
