@@ -153,7 +153,7 @@ class ModelSpec(Value):
         if self.engine != "vllm":
             if self.tensor_parallel_size > 1:
                 raise ValueError(
-                    f"tensor_parallel_size={self.tensor_parallel_size} is vLLM's, but engine={self.engine!r} is another. "
+                    f"tensor_parallel_size={self.tensor_parallel_size} is vLLM's, but engine is {self.engine!r}. "
                     'Use engine="vllm", or spread the model with device_map.'
                 )
             return

@@ -100,7 +100,9 @@ def test_what_is_dropped_never_comes_out_and_leaves_nothing_in_the_engine(
 def test_closing_the_iterator_stops_the_work(make_network: Callable[..., Any], make_model: Callable[..., Any]) -> None:
     model = make_model(make_network(), eos_ids=())
     lengths = [1, 50, 50]
-    generating = model.generate([GenerateRow((place + 1,), Sampling(max_new_tokens=n)) for place, n in enumerate(lengths)])
+    generating = model.generate(
+        [GenerateRow((place + 1,), Sampling(max_new_tokens=n)) for place, n in enumerate(lengths)]
+    )
     assert next(generating)[0] == 0
     generating.close()
     assert not model._requests._engine.has_unfinished_requests()

@@ -85,8 +85,9 @@ def test_a_recipe_that_an_engine_would_not_follow_is_refused(settings: dict[str,
 
 @pytest.mark.skipif(ON_VLLM, reason="vLLM is installed here")
 def test_without_vllm_the_error_says_how_to_get_it(tiny: Path) -> None:
-    with pytest.raises(EngineUnavailable, match=r"pip install 'prefect-alpaca\[vllm\]'"), load_model(
-        spec(tiny, engine="vllm")
+    with (
+        pytest.raises(EngineUnavailable, match=r"pip install 'prefect-alpaca\[vllm\]'"),
+        load_model(spec(tiny, engine="vllm")),
     ):
         pass
 
@@ -201,7 +202,7 @@ def test_nothing_listens_beyond_loopback_and_the_process_is_as_before(wide: Path
         process = psutil.Process()
         listening = [each.laddr.ip for each in process.net_connections("inet") if each.status == "LISTEN"]
         assert set(listening) <= {"127.0.0.1", "::1"}
-        assert list(model.generate([]) ) == []
+        assert list(model.generate([])) == []
     assert process.children(recursive=True) == []
 
 
