@@ -86,6 +86,8 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     check_finite(stored, base, dtype)
     # vLLM leaves out tensors that are missing, in silence: transformers reports them, on a network without memory
     _check_adapters(open_network(spec, base, torch.device("meta"), dtype), adapters, dtype)
+    if spec.tensor_parallel_size > 1:  # CUDA, which the checks above use, and threads do not survive a fork
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     settings: dict[str, Any] = {"gpu_memory_utilization": spec.memory_share}
     if device.type == "cpu":
         settings = {"kv_cache_memory_bytes": _cpu_cache(spec, config, dtype, context, memory)}
