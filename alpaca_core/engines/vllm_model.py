@@ -270,8 +270,8 @@ class _Requests:
             else:
                 kept.append((running, ask))
         self._waiting = kept
-        for running, error in refused.items():
-            self._refuse(running, error)
+        for running, reason in refused.items():
+            self._refuse(running, reason)
 
     def _send(self, running: _Running, ask: Ask) -> None:
         from vllm import SamplingParams
@@ -284,11 +284,11 @@ class _Requests:
         self._engine.add_request(name, tokens_input(list(ask.prompt)), settings, lora_request=adapter)
         self._inside[name] = running, ask
 
-    def _refuse(self, running: _Running, error: ValueError) -> None:
+    def _refuse(self, running: _Running, reason: ValueError) -> None:
         """End a row that vLLM does not take."""
         self.cancel([running])
         running.end(
-            RowError(code="not_supported", message=f'vLLM refuses this row ({error}). Use engine="auto" for it.')
+            RowError(code="not_supported", message=f'vLLM refuses this row ({reason}). Use engine="auto" for it.')
         )
 
 

@@ -64,6 +64,8 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
     context_length_of(base, config)  # refuses other families, before anything is read
     tokenizer = base.open_tokenizer()
     check_memory(spec, base, device, dtype)
+    if spec.quantization != "none":  # transformers before 5.20 does not report misshapen tensors of these
+        open_network(spec.model_copy(update={"quantization": "none"}), base, torch.device("meta"), dtype)
     try:
         network: Any = open_network(spec, base, device, dtype)
         if adapters:
@@ -271,7 +273,8 @@ def context_length_of(base: Checkpoint, config: Any) -> int:
         layers = []
     if (
         _INPUTS - inputs  # Mamba, BLOOM, T5
-        or not family._supports_sdpa  # Gemma 2, GPT-J
+        or not family._supports_sdpa  # GPT-J
+        or getattr(config, "attn_logit_softcapping", None)  # Gemma 2; transformers before 5.20 leaves it out
         or ("encoder_hidden_states" in inputs and getattr(config, "is_decoder", None) is False)  # BERT
         or getattr(config, "alibi", False)  # the first Falcons
         or not layers
