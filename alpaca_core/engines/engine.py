@@ -1,4 +1,4 @@
-"""What engines have in common: the rows that they refuse, the names of adapters, and completions."""
+"""What the engines on torch have in common: the names of adapters, and the device."""
 
 import gc
 from contextlib import AbstractContextManager, nullcontext

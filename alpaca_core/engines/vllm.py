@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from alpaca_core.adapters import Adapter
 from alpaca_core.checkpoints import Checkpoint
@@ -34,6 +34,7 @@ from alpaca_core.engines.weights import (
     device_of,
     dtype_of,
     find,
+    open_network,
     stored_tensors,
 )
 from alpaca_core.errors import DeviceUnavailable, EngineUnavailable, InvalidAdapter, InvalidCheckpoint, NotEnoughMemory
@@ -83,7 +84,10 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     _check_memory(spec, base, device, memory)
     stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base, torch.device("cpu")))
     check_finite(stored, base, dtype)
-    _check_adapters(config, adapters, dtype)
+    # vLLM leaves out tensors that are missing, in silence: transformers reports them, on a network without memory
+    _check_adapters(open_network(spec, base, torch.device("meta"), dtype), adapters, dtype)
+    if spec.tensor_parallel_size > 1:  # CUDA, which the checks above use, and threads do not survive a fork
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     settings: dict[str, Any] = {"gpu_memory_utilization": spec.memory_share}
     if device.type == "cpu":
         settings = {"kv_cache_memory_bytes": _cpu_cache(spec, config, dtype, context, memory)}
@@ -230,12 +234,10 @@ def _cpu_cache(spec: ModelSpec, config: Any, dtype: torch.dtype, context: int, w
     return min(left, max(row, min(spec.batch_size * row, _CPU_CACHE)))
 
 
-def _check_adapters(config: Any, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
+def _check_adapters(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
     """Put the adapters on a network without memory: all their tensors must have their place there."""
     if not adapters:
         return
-    with torch.device("meta"):
-        network: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = attach(network, adapters, dtype)
     for place, adapter in enumerate(adapters):
         layers = {key.partition(".lora_")[0] for key, _ in model.named_parameters() if f".adapter{place}." in f"{key}."}

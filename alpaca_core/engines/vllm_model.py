@@ -256,14 +256,22 @@ class _Requests:
         """Give vLLM what waits, in order, as far as its passes can hold it together."""
         kinds = {ask.reads for _, ask in self._inside.values()} - {"own"}
         kept: deque[tuple[_Running, Ask]] = deque()
+        refused: dict[_Running, ValueError] = {}
         waiting, self._waiting = self._waiting, deque()
         for running, ask in waiting:
+            if running in refused:
+                continue
             if ask.reads == "own" or (not kept and kinds <= {ask.reads}):
                 kinds |= {ask.reads} - {"own"}
-                self._send(running, ask)
+                try:
+                    self._send(running, ask)
+                except ValueError as error:
+                    refused[running] = error
             else:
                 kept.append((running, ask))
         self._waiting = kept
+        for running, reason in refused.items():
+            self._refuse(running, reason)
 
     def _send(self, running: _Running, ask: Ask) -> None:
         from vllm import SamplingParams
@@ -275,6 +283,13 @@ class _Requests:
         name = str(next(_NUMBERS))
         self._engine.add_request(name, tokens_input(list(ask.prompt)), settings, lora_request=adapter)
         self._inside[name] = running, ask
+
+    def _refuse(self, running: _Running, reason: ValueError) -> None:
+        """End a row that vLLM does not take."""
+        self.cancel([running])
+        running.end(
+            RowError(code="not_supported", message=f'vLLM refuses this row ({reason}). Use engine="auto" for it.')
+        )
 
 
 def _stop(engine: Any) -> None:

@@ -64,8 +64,10 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
     context_length_of(base, config)  # refuses other families, before anything is read
     tokenizer = base.open_tokenizer()
     check_memory(spec, base, device, dtype)
+    if spec.quantization != "none":  # transformers before 5.20 does not report misshapen tensors of these
+        open_network(spec.model_copy(update={"quantization": "none"}), base, torch.device("meta"), dtype)
     try:
-        network: Any = _network(spec, base, device, dtype)
+        network: Any = open_network(spec, base, device, dtype)
         if adapters:
             network = attach(network, adapters, dtype)
         if spec.merge_adapter:
@@ -189,7 +191,7 @@ def check_memory(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype:
 _SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model, or free memory there."
 
 
-def _network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def open_network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     quantization = None
     if spec.quantization == "int8":
         # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
@@ -263,7 +265,8 @@ def context_length_of(base: Checkpoint, config: Any) -> int:
         layers = []
     if (
         _INPUTS - inputs  # Mamba, BLOOM, T5
-        or not family._supports_sdpa  # Gemma 2, GPT-J
+        or not family._supports_sdpa  # GPT-J
+        or getattr(config, "attn_logit_softcapping", None)  # Gemma 2; transformers before 5.20 leaves it out
         or ("encoder_hidden_states" in inputs and getattr(config, "is_decoder", None) is False)  # BERT
         or getattr(config, "alibi", False)  # the first Falcons
         or not layers

@@ -249,3 +249,18 @@ def test_on_the_embedded_model_scores_and_greedy_tokens_are_those_of_transformer
         theirs = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         tokens = theirs[0, len(prompt) :].tolist()
         assert said[place].token_ids == tuple(token for token in tokens if token != 2)
+
+
+@on_vllm
+def test_layers_split_over_two_workers_find_the_same(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if len(psutil.Process().cpu_affinity() or ()) > 1 else "0|0")
+    with load_model(spec(wide, engine="vllm", tensor_parallel_size=2)) as model:
+        assert len(list(model.generate([GenerateRow((1,), Sampling(max_new_tokens=1))]))) == 1
+        processes = psutil.Process().children(recursive=True)
+        workers = [each for each in processes if "Worker" in each.name()]
+        assert len(workers) == 2
+        listening = [each for worker in workers for each in worker.net_connections("inet") if each.status == "LISTEN"]
+        assert {each.laddr.ip for each in listening} <= {"127.0.0.1", "::1"}
+    assert_close(results(spec(wide, engine="vllm", tensor_parallel_size=2)), results(spec(wide)))
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
