@@ -79,7 +79,7 @@ class Replica:
         self._token = token
         self._began = False
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: N807  # Ray's name
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Ray's name
         return application(self._warm, self._token)
 
     async def check_health(self) -> None:
