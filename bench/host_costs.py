@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from alpaca_core import judge
 from alpaca_core.host.application import application
 from alpaca_core.host.client import HostModel
 from alpaca_core.host.keeping import Settings, WarmModel
@@ -45,6 +46,7 @@ COMPLETION = Completion(
     text="word " * 100, token_ids=tuple(range(128)), finish_reason="length", prompt_tokens=64, completion_tokens=128
 )
 SCORES = Scores([-1.2345678901234567 - place for place in range(len(TRIE.tokens))])
+_MANY = [-1.2345678901234567 - place / 7 for place in range(1000)]
 CANNED = {"generate": write_result(COMPLETION), "loglikelihood": write_result(SCORES)}
 
 
@@ -52,7 +54,10 @@ class Echo(WarmModel):
     """A warm model whose rows are answered where they would go to the engine, which idles."""
 
     def _send(self, message: dict[str, Any]) -> None:
-        ended = [(key, CANNED[kind]) for key, kind, _ in message.get("add", ())]
+        ended = [
+            (key, CANNED[kind] if kind == "generate" else {"scores": _MANY[: len(row["tokens"])], "shape": ""})
+            for key, kind, row in message.get("add", ())
+        ]
         asyncio.get_running_loop().call_soon(self.scheduler.heard, ended, 0)
 
 
@@ -135,6 +140,14 @@ def through(url: str, watched: dict[str, psutil.Process]) -> dict[str, Any]:
                 **{f"{who}, us a row": value for who, value in per.items()},
                 "rows a second": round(rows * calls / took),
             }
+    texts = [
+        f"My card number {number} was swallowed by the machine, and I was charged twice." for number in range(2048)
+    ]
+    labels = ["billing", "card lost", "card not working"]
+    judge(model, texts[:64], labels)
+    mine = time.process_time()
+    judge(model, texts, labels)
+    found["the verb judge, client, us a row"] = micro(time.process_time() - mine, len(texts))
     model.close()
     return found
 

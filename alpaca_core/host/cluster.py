@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.application import application
 from alpaca_core.host.keeping import Settings, WarmModel
+from alpaca_core.host.protocol import Status
 from alpaca_core.spec import ModelSpec
 
 _NAME = "alpaca"
@@ -65,6 +66,16 @@ class Replicas:
             )
 
 
+def replicas_of(spec: ModelSpec, least: int, most: int | None, gpus: float | None) -> Replicas:
+    """Say how many replicas a spec gets, and of how many GPUs: as many as vLLM splits its layers over, 0 on a CPU.
+
+    Raises:
+        InvalidRequest: For numbers out of range.
+    """
+    each = 0.0 if spec.device == "cpu" else float(spec.tensor_parallel_size)
+    return Replicas(least, least if most is None else most, each if gpus is None else gpus)
+
+
 class Replica:
     """One host among others, as Ray Serve runs it: made, asked for its application, and then whether it is well.
 
@@ -82,6 +93,10 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray's name
         return application(self._warm, self._token)
 
+    def status(self) -> Status:
+        """Look at it."""
+        return self._warm.status()
+
     async def check_health(self) -> None:
         """Raise where this replica has to be replaced.
 
@@ -94,7 +109,7 @@ class Replica:
         if not self._began:
             await self._warm.tokenizer()
             self._began = True
-        status = self._warm.status()
+        status = self.status()
         if not status.well:
             raise HostUnavailable(f"a replica loads or is ready, but this one's state is {status.state!r}.")
 
@@ -165,10 +180,17 @@ def run_ray(spec: ModelSpec, address: str, port: int, token: str | None, replica
         except KeyboardInterrupt:
             pass
         except RuntimeError as error:
-            raise HostUnavailable(f"no replica could be started: {str(error)[-1500:]} Read Ray's logs.") from error
+            raise HostUnavailable(f"no replica could be started: {_why(serve) or error}") from error
         finally:
             signal.signal(signal.SIGTERM, before)
             serve.shutdown()
+
+
+def _why(serve: Any) -> str:
+    """What Ray Serve keeps of the failure of a start: the end of a replica's traceback."""
+    found = serve.status().applications.get(_NAME)
+    told = [each.message for each in found.deployments.values()] if found else []
+    return "\n".join(told)[-1500:].strip()
 
 
 @contextmanager
