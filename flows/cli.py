@@ -220,6 +220,10 @@ def _parser() -> Parser:
     )
     add("--port", type=port_of, default=8642, metavar="N", help="likewise (default 8642)")
     add("--token-file", type=Path, metavar="FILE", help="holds the token that requests bear (else ALPACA_HOST_TOKEN)")
+    add("--ray", action="store_true", help="as replicas on the Ray cluster of RAY_ADDRESS, else of this machine")
+    add("--replicas", type=int, default=1, metavar="N", help="with --ray: replicas at least (default 1)")
+    add("--most-replicas", type=int, metavar="N", help="with --ray: replicas at most, under load (default: as many)")
+    add("--gpus", type=float, metavar="N", help="with --ray: GPUs of a replica (default 1, on a CPU 0)")
 
     about = "look at the hosts that keep models warm on this machine, or end them"
     add = command("host", "status|stop [KEY ...]", hosting.run_host, about)

@@ -20,15 +20,20 @@ _SHORTEST = 16
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve a model on TCP until the process is ended."""
+    """Serve a model on TCP, or from a Ray cluster, until the process is ended."""
     token = token_of(options.address, options.token_file)
     spec = spec_of(options)
+    from alpaca_core.host.cluster import replicas_of, run_ray
     from alpaca_core.host.server import run_tcp
 
+    replicas = replicas_of(spec, options.replicas, options.most_replicas, options.gpus)
     at = f"[{options.address}]" if ":" in options.address else options.address
     asked = "with its token" if token else "without a token, from this machine alone"
     print(f"alpaca: serving {spec.base_model} at http://{at}:{options.port}, {asked}", file=sys.stderr)
-    run_tcp(spec, options.address, options.port, token)
+    if options.ray:
+        run_ray(spec, options.address, options.port, token, replicas)
+    else:
+        run_tcp(spec, options.address, options.port, token)
     return 0
 
 

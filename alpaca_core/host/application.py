@@ -75,8 +75,8 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
     @app.get("/health")
     async def health() -> Response:
         """Say whether requests can succeed: 200 when loading or ready, else 503."""
-        state = warm.status().state
-        return JSONResponse({"state": state}, 200 if state in ("loading", "ready") else 503)
+        status = warm.status()
+        return JSONResponse({"state": status.state}, 200 if status.well else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

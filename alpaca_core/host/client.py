@@ -104,6 +104,7 @@ class HostModel:
         self._lock = threading.Lock()
         self._calls: set[_Call] = set()
         self._closed = False
+        self._shapes: set[str] = set()
         self.session, self._tokenizer = self._first()
 
     @property
@@ -160,7 +161,8 @@ class HostModel:
                 left -= 1
                 yield found
                 shape = shapes_of(found[1])
-                if shape and shape != self.info.shape:
+                if shape and shape != self.info.shape and shape not in self._shapes:
+                    self._shapes.add(shape)  # replicas of a cluster may have several, each for ever
                     self._refresh()
         finally:
             self._calls.discard(call)

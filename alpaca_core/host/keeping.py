@@ -77,6 +77,10 @@ class Settings:
             queue=math.ceil(_number("ALPACA_HOST_QUEUE", found.queue)),
         )
 
+    def served(self) -> "Settings":
+        """These, for a host that others reach over a network: it stays, and loads nothing on their word."""
+        return replace(self, idle=None, fixed=True)
+
 
 class WarmModel:
     """One base model in one engine, for any number of clients.

@@ -148,6 +148,11 @@ class Status(Value):
     restarts: int
     queue_limit: int
 
+    @property
+    def well(self) -> bool:
+        """Whether requests can succeed, now or when the model is loaded."""
+        return self.state in ("loading", "ready")
+
 
 Result = Completion | list[float] | RowError
 

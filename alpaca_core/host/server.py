@@ -71,8 +71,7 @@ def run_tcp(spec: ModelSpec, address: str, port: int, token: str | None) -> None
             f"a host listens on an address of this machine, but {address}:{port} cannot be taken ({error.strerror}). "
             "Choose another --port or --address."
         ) from error
-    settings = Settings.from_environment()
-    settings = Settings(settings.hang, None, settings.queue, fixed=True)
+    settings = Settings.from_environment().served()
     _prepare()
     asyncio.run(_serve(spec, settings, [listening], token=token, stoppable=False))
 
