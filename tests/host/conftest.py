@@ -150,7 +150,7 @@ def make_hosted(request: pytest.FixtureRequest, tokenizer: Any, runtime: Path) -
             warm = ThreadedWarm(model, settings.get("batch_size", 8))
             path = runtime / f"{len(list(runtime.iterdir()))}.sock"
             open_ones.enter_context(served(application(warm), path))  # type: ignore[arg-type]
-            client = HostModel(ModelSpec(), lambda: connection(path, 20.0), patience=20.0)
+            client = HostModel(ModelSpec(base_model="tiny"), lambda: connection(path, 20.0), patience=20.0)
             open_ones.callback(client.close)
             return client, model, warm
 
