@@ -97,7 +97,7 @@ class ThreadedWarm:
         told = self.loaded.tokenizer
         return TokenizerReply(definition=told.definition, eos_ids=told.eos_ids, named=told.named)
 
-    def submit(self, client: str, kind: Any, rows: list[dict[str, Any]]) -> Ticket:
+    def submit(self, client: str, kind: Any, rows: list[dict[str, Any]], identity: str = "") -> Ticket:
         return self.scheduler.submit(client, kind, rows)
 
     def status(self) -> Status:
