@@ -23,7 +23,7 @@ import psutil
 from alpaca_core import judge
 from alpaca_core.host.application import application
 from alpaca_core.host.client import HostModel
-from alpaca_core.host.keeping import Settings, WarmModel
+from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.launcher import remote
 from alpaca_core.host.protocol import (
     GenerateJson,
@@ -34,6 +34,7 @@ from alpaca_core.host.protocol import (
     write_result,
 )
 from alpaca_core.host.scheduler import Scheduler
+from alpaca_core.host.settings import Settings
 from alpaca_core.model import Completion, GenerateRow, ScoreRow, Scores, Trie
 from alpaca_core.spec import ModelSpec, Sampling
 

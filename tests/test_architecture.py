@@ -55,6 +55,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.host.metrics",
     "alpaca_core.host.neighbours",
     "alpaca_core.host.keeping",
+    "alpaca_core.host.settings",
     "alpaca_core.host.scheduler",
     "alpaca_core.host.supervisor",
     "alpaca_core.host.place",

@@ -13,7 +13,7 @@ import ipaddress
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,7 +28,6 @@ from alpaca_core.host.protocol import (
     MOST_BYTES,
     UNIX_NAME,
     GenerateRequest,
-    Kind,
     ModelReply,
     ModelRequest,
     ScoreRequest,
@@ -43,6 +42,8 @@ _PULSE = 5.0
 
 Client = Annotated[str, Header(alias="alpaca-client", max_length=64)]
 """Rows of one client take turns with those of others."""
+Identity = Annotated[str, Header(alias="alpaca-model", max_length=64)]
+"""Of the model that rows were written for, as the reply to ``/v1/model`` said."""
 
 
 def application(warm: WarmModel, token: str | None = None, leave: Callable[[], None] | None = None) -> FastAPI:
@@ -100,14 +101,16 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         return await warm.tokenizer()
 
     @app.post("/v1/generate", response_class=StreamingResponse)
-    async def generate(request: GenerateRequest, client: Client = "") -> StreamingResponse:
+    async def generate(request: GenerateRequest, client: Client = "", identity: Identity = "") -> StreamingResponse:
         """Generate a response for each row."""
-        return _stream(warm, client, "generate", [row.model_dump(mode="json") for row in request.rows])
+        rows = [row.model_dump(mode="json") for row in request.rows]
+        return _Rows(warm, warm.submit(client, "generate", rows, identity))
 
     @app.post("/v1/loglikelihood", response_class=StreamingResponse)
-    async def loglikelihood(request: ScoreRequest, client: Client = "") -> StreamingResponse:
+    async def loglikelihood(request: ScoreRequest, client: Client = "", identity: Identity = "") -> StreamingResponse:
         """Score each row."""
-        return _stream(warm, client, "loglikelihood", [row.model_dump(mode="json") for row in request.rows])
+        rows = [row.model_dump(mode="json") for row in request.rows]
+        return _Rows(warm, warm.submit(client, "loglikelihood", rows, identity))
 
     @app.post("/v1/stop")
     async def stop() -> dict[str, bool]:
@@ -118,10 +121,6 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         return {"stopping": True}
 
     return app
-
-
-def _stream(warm: WarmModel, client: str, kind: Kind, rows: list[dict[str, Any]]) -> StreamingResponse:
-    return _Rows(warm, warm.submit(client, kind, rows))
 
 
 class _Rows(StreamingResponse):

@@ -331,7 +331,8 @@ class _Call:
     def _ask(self, session: Session, left: dict[int, Any]) -> None:
         order = list(left)
         body = {"rows": [session.write(self._write(left[index])) for index in order]}
-        with session.http.stream("POST", self._path, json=body, headers=self._headers) as response:
+        headers = self._headers | {"alpaca-model": session.told.identity}
+        with session.http.stream("POST", self._path, json=body, headers=headers) as response:
             with self._lock:
                 self._open.add(response)
             try:

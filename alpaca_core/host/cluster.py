@@ -17,8 +17,9 @@ from fastapi import FastAPI
 
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.application import application
-from alpaca_core.host.keeping import Settings, WarmModel
+from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.protocol import Status
+from alpaca_core.host.settings import Settings
 from alpaca_core.spec import ModelSpec
 
 _NAME = "alpaca"

@@ -1,11 +1,10 @@
 """A model that is kept warm: its engine, loaded again when it dies or has to have another adapter."""
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import IO, Any
 
@@ -24,10 +23,11 @@ from alpaca_core.errors import (
 from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
+from alpaca_core.host.settings import Settings as Settings
 from alpaca_core.host.supervisor import Engine, Loaded
 from alpaca_core.identity import as_asked, identity
 from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
-from alpaca_core.spec import ModelSpec, NamedAdapter
+from alpaca_core.spec import ModelSpec, NamedAdapter, digest_of
 
 _GIB = 2**30
 _LOADS = 5
@@ -44,42 +44,6 @@ MakeRoom = Callable[[], Awaitable[bool]]
 async def no_room() -> bool:
     """Find no host that could go."""
     return False
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a host behaves. Times in seconds.
-
-    Args:
-        hang: Without a sign of life from a busy engine for so long, it is replaced.
-        idle: The host exits after so long with nothing to do; None is never.
-        queue: Rows that may wait.
-        fixed: Serve the spec's own adapters, and load no others on a client's word.
-    """
-
-    hang: float = 120.0
-    idle: float | None = 1800.0
-    queue: int = 100_000
-    fixed: bool = False
-
-    @classmethod
-    def from_environment(cls) -> "Settings":
-        """Read ``ALPACA_HOST_HANG``, ``ALPACA_HOST_IDLE`` (seconds) and ``ALPACA_HOST_QUEUE`` (rows).
-
-        Raises:
-            InvalidRequest: For what is no number above 0.
-        """
-        found = cls()
-        return replace(
-            found,
-            hang=_number("ALPACA_HOST_HANG", found.hang),
-            idle=_number("ALPACA_HOST_IDLE", found.idle or 0),
-            queue=math.ceil(_number("ALPACA_HOST_QUEUE", found.queue)),
-        )
-
-    def served(self) -> "Settings":
-        """These, for a host that others reach over a network: it stays, and loads nothing on their word."""
-        return replace(self, idle=None, fixed=True)
 
 
 class WarmModel:
@@ -108,6 +72,8 @@ class WarmModel:
         self._adapters = _by_digest(spec, find_adapters(spec))
         self._base = find_base_apart(spec)
         self.key = key_of(spec, self._base)
+        told = [self._base.digest, self._merged, spec.quantization, spec.dtype, spec.engine]
+        self.identity = digest_of(told)[:16]
         self.scheduler = Scheduler(self._send, settings.queue)
         self.loaded: Loaded | None = None
         self.error: AlpacaError | None = None
@@ -153,9 +119,10 @@ class WarmModel:
             await self._have(wanted)
             names = {found.info.name: wanted[found.info.digest].name for found in adapters}
         loaded = await self._when_ready()
-        told = [found.info for found in adapters]
-        info = as_asked(loaded.info, base.digest, told, spec.template, spec.merge_adapter)
-        return ModelReply(info=info.model_copy(update={"name": spec.base_model}), adapters=names)
+        infos = [found.info for found in adapters]
+        info = as_asked(loaded.info, base.digest, infos, spec.template, spec.merge_adapter)
+        told = info.model_copy(update={"name": spec.base_model})
+        return ModelReply(info=told, adapters=names, identity=self.identity)
 
     async def tokenizer(self) -> TokenizerReply:
         """Wait until the model is loaded; return what its tokenizer is made of.
@@ -165,15 +132,28 @@ class WarmModel:
         """
         return (await self._when_ready()).tokenizer
 
-    def submit(self, client: str, kind: Kind, rows: list[dict[str, Any]]) -> Ticket:
+    def submit(self, client: str, kind: Kind, rows: list[dict[str, Any]], identity: str = "") -> Ticket:
         """Line up rows. It waits for no load: rows wait in line.
+
+        Args:
+            client: Whose turn they take.
+            kind: What is done with them.
+            rows: As in the protocol.
+            identity: Of the model that they were written for, as a reply said; empty asks for none.
 
         Raises:
             HostBusy: If too many rows wait.
+            HostUnavailable: If they were written for another host, in whose place this one has come.
             LoadError, HostUnavailable: If the model cannot be loaded.
         """
         if self.error is not None:
             raise self.error
+        known = {None, DEFAULT_ADAPTER, *(adapter.name for adapter in self._adapters.values())}
+        if identity not in ("", self.identity) or not {row["adapter"] for row in rows} <= known:
+            raise HostUnavailable(
+                "rows are for one model and adapters of it, as a reply to /v1/model calls them, but this host, which "
+                "may have begun since, has others. Ask it again."
+            )
         return self.scheduler.submit(client, kind, rows)
 
     def idle(self) -> float:
@@ -391,14 +371,3 @@ def _resident(pid: int | None) -> int:
         return int(psutil.Process(pid).memory_info().rss) if pid else 0
     except psutil.Error:
         return 0
-
-
-def _number(name: str, otherwise: float) -> float:
-    text = os.environ.get(name, "")
-    try:
-        number = float(text) if text else otherwise
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise InvalidRequest(f"{name} is a number above 0, but is {text!r:.40}. Set it, or unset it.")
-    return number

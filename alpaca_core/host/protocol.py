@@ -110,11 +110,15 @@ class ModelRequest(Value):
 
 
 class ModelReply(Value):
-    """A model as a spec means it. `adapters` maps the spec's names to those that rows have to say."""
+    """A model as a spec means it. `adapters` maps the spec's names to those that rows have to say.
+
+    Requests that bear its `identity` in ``alpaca-model`` are refused by a host of another model.
+    """
 
     protocol: int = VERSION
     info: ModelInfo
     adapters: dict[str, str] = Field(default_factory=dict)
+    identity: str = ""
 
 
 class TokenizerReply(Value):

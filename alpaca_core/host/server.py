@@ -17,9 +17,10 @@ import uvicorn
 
 from alpaca_core.errors import AlpacaError, HostUnavailable
 from alpaca_core.host.application import application
-from alpaca_core.host.keeping import Settings, WarmModel
+from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.neighbours import end_an_idle_one
 from alpaca_core.host.place import runtime_folder
+from alpaca_core.host.settings import Settings
 from alpaca_core.spec import ModelSpec
 
 GRACE = 15.0

@@ -97,7 +97,7 @@ class ThreadedWarm:
         told = self.loaded.tokenizer
         return TokenizerReply(definition=told.definition, eos_ids=told.eos_ids, named=told.named)
 
-    def submit(self, client: str, kind: Any, rows: list[dict[str, Any]]) -> Ticket:
+    def submit(self, client: str, kind: Any, rows: list[dict[str, Any]], identity: str = "") -> Ticket:
         return self.scheduler.submit(client, kind, rows)
 
     def status(self) -> Status:
@@ -150,7 +150,7 @@ def make_hosted(request: pytest.FixtureRequest, tokenizer: Any, runtime: Path) -
             warm = ThreadedWarm(model, settings.get("batch_size", 8))
             path = runtime / f"{len(list(runtime.iterdir()))}.sock"
             open_ones.enter_context(served(application(warm), path))  # type: ignore[arg-type]
-            client = HostModel(ModelSpec(), lambda: connection(path, 20.0), patience=20.0)
+            client = HostModel(ModelSpec(base_model="tiny"), lambda: connection(path, 20.0), patience=20.0)
             open_ones.callback(client.close)
             return client, model, warm
 

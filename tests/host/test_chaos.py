@@ -156,7 +156,9 @@ def test_one_host_starts_for_launchers_that_meet_over_what_dead_ones_left(spec: 
 
 
 @pytest.mark.end_to_end
-def test_the_next_host_waits_for_the_engine_of_one_that_was_killed(spec: ModelSpec, folder: Path) -> None:
+def test_the_next_host_waits_for_the_engine_of_one_that_was_killed(
+    spec: ModelSpec, base: Path, expected: dict[int, Any], folder: Path
+) -> None:
     with at_host(spec, "auto") as model, ThreadPoolExecutor(1) as pool:
         (engine,), (host,) = engines(folder), processes(folder, SERVER)
         engine.suspend()
@@ -174,6 +176,11 @@ def test_the_next_host_waits_for_the_engine_of_one_that_was_killed(spec: ModelSp
         (host,) = processes(folder, SERVER)
         host.kill()
         until(lambda: not engines(folder), 5.0)
+
+        # one that somebody else has started since has other adapters, and gets those of whoever asks again
+        with at_host(spec_of(base), "auto") as other:
+            list(other.generate([GenerateRow((1,), Sampling(max_new_tokens=1))]))
+        assert work(model, 0, (*ADAPTERS, None)) == expected[0]
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 import alpaca_core.host
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.client import _checked
-from alpaca_core.host.keeping import Settings
 from alpaca_core.host.launcher import at_host, chosen
 from alpaca_core.host.place import absolute, find_base_apart, key_of, runtime_folder
+from alpaca_core.host.settings import Settings
 from alpaca_core.spec import ModelSpec
 from tests.host.conftest import ADAPTERS, spec_of
 

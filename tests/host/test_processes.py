@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from alpaca_core.errors import InvalidAdapter, InvalidRequest
+from alpaca_core.errors import HostUnavailable, InvalidAdapter, InvalidRequest
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection
 from alpaca_core.model import GenerateRow, ScoreRow, Trie
@@ -192,8 +192,9 @@ def test_a_thousand_clients_leave_nothing_behind(hosted: Any, shared: Path) -> N
 
 
 def test_a_host_of_the_network_wants_its_token_and_serves_what_it_was_started_with(
-    alone: Any, base: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Any, checkpoint: Callable[..., Path], tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base = checkpoint(0, tmp_path / "base")
     spec = spec_of(base, "default", "poet")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -223,7 +224,20 @@ def test_a_host_of_the_network_wants_its_token_and_serves_what_it_was_started_wi
             ended = threading.Timer(0.3, lambda: os.killpg(host.pid, signal.SIGINT))
             ended.start()
             assert all(found.completion_tokens == 600 for _, found in running)
-        assert host.wait(20.0) == 0
+            assert host.wait(20.0) == 0
+            # another model comes in its place, at the same address: no row of the one runs on the other
+            checkpoint(1, base)
+            host = subprocess.Popen(command, start_new_session=True)
+            until(lambda: _is_ready(url))
+            with pytest.raises(HostUnavailable, match="has become another"):
+                list(model.generate([GenerateRow((1,), Sampling(max_new_tokens=1))]))
     finally:
         host.kill()
         host.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").json()["state"] == "ready"  # type: ignore[no-any-return]
+    except httpx.TransportError:
+        return False

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from alpaca_core.errors import HostUnavailable, InvalidRequest, LoadError
 from alpaca_core.host.cluster import Replica, Replicas, bound, replicas_of
-from alpaca_core.host.keeping import Settings
+from alpaca_core.host.settings import Settings
 from alpaca_core.spec import ModelSpec
 
 
