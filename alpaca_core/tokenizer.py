@@ -284,7 +284,8 @@ def _made_of(definition: dict[str, Any]) -> tokenizers.Tokenizer:
 def _out_of_reach(parsed: dict[str, Any]) -> bool:
     """Say whether no text leads a BPE vocabulary to a control token: no merge touches one, no word is looked up."""
     model = parsed["model"]
-    if model.get("type") != "BPE" or model.get("ignore_merges") or model.get("byte_fallback"):
+    others = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type") != "BPE" or any(model.get(name) for name in others):
         return False
     added = [token["content"] for token in parsed["added_tokens"]]
     if any(len(content) < 2 or not content.strip() or content == model.get("unk_token") for content in added):

@@ -29,7 +29,7 @@ def run_serve(options: argparse.Namespace) -> int:
     replicas = replicas_of(spec, options.replicas, options.most_replicas, options.gpus)
     at = f"[{options.address}]" if ":" in options.address else options.address
     asked = "with its token" if token else "without a token, from this machine alone"
-    print(f"alpaca: serving {spec.base_model} at http://{at}:{options.port}, {asked}", file=sys.stderr)
+    print(f"alpaca: {spec.base_model} will be served at http://{at}:{options.port}, {asked}", file=sys.stderr)
     if options.ray:
         run_ray(spec, options.address, options.port, token, replicas)
     else:

@@ -1,9 +1,7 @@
 """A `LanguageModel` whose engine runs in a host: the same rows, the same results, no torch in this process."""
 
 import queue
-import random
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +12,7 @@ import httpx
 import orjson
 
 from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest, RowRejected
+from alpaca_core.host.exchange import Wait, checked, hang_up
 from alpaca_core.host.protocol import (
     MOST_BYTES,
     MOST_TOKENS,
@@ -179,22 +178,20 @@ class HostModel:
             if self.session is not before or self._closed:
                 return
             session = self._open()
-            old, new = before.told.info, session.told.info
-            if new.digest != old.digest and new.unshaped_digest != (old.unshaped_digest or None):
+            try:
+                self._check_same(session.told)
+            except _Changed:
                 session.http.close()
-                raise _Changed(
-                    f"a call's rows are all of one model, but {self._spec.base_model!r} has become another one "
-                    "since it was loaded. Load it again."
-                )
+                raise
             self.session = session
 
     def _first(self) -> tuple[Session, Tokenizer]:
-        wait, contact = _Wait(self.patience), _Wait(min(self.patience, _CONTACT))
+        wait, contact = Wait(self.patience), Wait(min(self.patience, _CONTACT))
         while True:
             http = self._connect()
             try:
                 session = Session(http, self._ask(http))
-                told = TokenizerReply.model_validate(_checked(http.get("/v1/tokenizer")))
+                told = TokenizerReply.model_validate(checked(http.get("/v1/tokenizer")))
                 return session, Tokenizer(told.definition, told.eos_ids, told.named)
             except (httpx.TransportError, HostError) as error:
                 http.close()
@@ -213,7 +210,7 @@ class HostModel:
 
     def _ask(self, http: httpx.Client) -> ModelReply:
         body = ModelRequest(spec=self._spec).model_dump(mode="json")
-        reply = _checked(http.post("/v1/model", json=body, headers=self._headers))
+        reply = checked(http.post("/v1/model", json=body, headers=self._headers))
         check_version(reply.get("protocol"))
         told = ModelReply.model_validate(reply)
         return told.model_copy(update={"info": self._named(told.info)})
@@ -225,10 +222,20 @@ class HostModel:
         adapters = [each.model_copy(update={"source": sources.get(each.name) or each.source}) for each in info.adapters]
         return info.model_copy(update={"name": called.base_model, "adapters": tuple(adapters)})
 
+    def _check_same(self, told: ModelReply) -> None:
+        old, new = self.info, told.info
+        if new.digest != old.digest and new.unshaped_digest != (old.unshaped_digest or None):
+            raise _Changed(
+                f"a call's rows are all of one model, but {self._spec.base_model!r} has become another one since it "
+                "was loaded. Load it again."
+            )
+
     def _refresh(self) -> None:
         """Ask again what the model is: its shape may have become a smaller one."""
         with suppress(AlpacaError, httpx.HTTPError), self._lock:
-            self.session = Session(self.session.http, self._ask(self.session.http))
+            told = self._ask(self.session.http)
+            self._check_same(told)
+            self.session = Session(self.session.http, told)
 
     def _is_closed(self) -> InvalidRequest:
         return InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
@@ -289,7 +296,7 @@ class _Call:
         with self._lock:
             responses = list(self._open)
         for response in responses:
-            _hang_up(response)
+            hang_up(response)
 
     def _work(self) -> None:
         try:
@@ -305,7 +312,7 @@ class _Call:
 
     def _finish(self, left: dict[int, Any]) -> None:
         """Ask for rows, and again for those that have not come out when a connection broke."""
-        wait = _Wait(self._model.patience)
+        wait = Wait(self._model.patience)
         while left and not self._cancelled.is_set():
             session, before = self._model.session, len(left)
             try:
@@ -317,7 +324,7 @@ class _Call:
             except (httpx.TransportError, httpx.StreamError, HostError, OSError) as error:
                 problem = error
             if len(left) < before:
-                wait = _Wait(self._model.patience)
+                wait = Wait(self._model.patience)
             while left and not self._cancelled.is_set():
                 wait(problem)
                 try:
@@ -338,7 +345,7 @@ class _Call:
             try:
                 if response.status_code != 200:
                     response.read()
-                    _checked(response)
+                    checked(response)
                 if self._cancelled.is_set():  # before there was anything to hang up
                     return
                 for line in response.iter_lines():
@@ -354,43 +361,3 @@ class _Call:
             finally:
                 with self._lock:
                     self._open.discard(response)
-
-
-class _Wait:
-    """Sleeps longer each time; raises what it was told last when patience has ended."""
-
-    def __init__(self, patience: float) -> None:
-        self._ends = time.monotonic() + patience
-        self._pause = 0.05
-
-    def __call__(self, problem: Exception) -> None:
-        if time.monotonic() > self._ends:
-            if isinstance(problem, AlpacaError):
-                raise problem
-            raise HostUnavailable(
-                f"the host cannot be reached ({problem}). Read its log, and run it again."
-            ) from problem
-        time.sleep(self._pause * random.uniform(0.5, 1.5))
-        self._pause = min(2.0, 1.5 * self._pause)
-
-
-def _checked(response: httpx.Response) -> dict[str, Any]:
-    """Return a reply's JSON; raise the error that it holds."""
-    try:
-        told = orjson.loads(response.content)
-    except ValueError:
-        told = None
-    if response.status_code == 200 and isinstance(told, dict):
-        return told
-    if isinstance(told, dict) and "error" in told:
-        raise read_error(told["error"])
-    raise HostUnavailable(f"a host answers in JSON, but this gave status {response.status_code}. Check ALPACA_HOST.")
-
-
-def _hang_up(response: httpx.Response) -> None:
-    """Shut a response's connection down, so that a thread that reads it wakes up."""
-    stream = response.extensions.get("network_stream")
-    sock = stream.get_extra_info("socket") if stream is not None else None
-    if sock is not None:
-        with suppress(OSError):
-            sock.shutdown(2)

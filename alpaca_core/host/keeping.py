@@ -10,16 +10,18 @@ from typing import IO, Any
 
 import psutil
 
-from alpaca_core.adapters import Adapter, find_adapters
+from alpaca_core.adapters import find_adapters
 from alpaca_core.errors import (
     AlpacaError,
     DigestMismatch,
     HostError,
     HostUnavailable,
+    InvalidAdapter,
     InvalidRequest,
     LoadError,
     NotEnoughMemory,
 )
+from alpaca_core.host.beside import by_digest, still_there
 from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
@@ -34,6 +36,8 @@ _LOADS = 5
 """Loads in a row that may fail after one that did not: whatever is in the way may go."""
 _FIRST_LOADS = 3
 """Before one did not: times that the engine may die as it loads. What it says itself is final."""
+_IN_VAIN = 64
+"""Engines that may die, one after the other, without a result in between: then it is not the rows."""
 _DRAIN = 30.0
 """Seconds that rows get to end before an engine is replaced on purpose; those that have not are run again."""
 
@@ -69,7 +73,7 @@ class WarmModel:
         self._log, self._inherited, self._make_room = log, inherited, make_room
         self._started = time.monotonic()
         self._merged = [found.info.digest for found in find_adapters(spec)] if spec.merge_adapter else []
-        self._adapters = _by_digest(spec, find_adapters(spec))
+        self._adapters = by_digest(spec, find_adapters(spec))
         self._base = find_base_apart(spec)
         self.key = key_of(spec, self._base)
         told = [self._base.digest, self._merged, spec.quantization, spec.dtype, spec.engine]
@@ -106,6 +110,8 @@ class WarmModel:
         self.scheduler.used = time.monotonic()
         if self.settings.fixed:
             self._check_known(spec)
+            where = {"device": self._spec.device, "device_map": self._spec.device_map}  # which is not the client's
+            spec = spec.model_copy(update=where)
         base, adapters = await asyncio.to_thread(lambda: (find_base_apart(spec), find_adapters(spec)))
         if (key := key_of(spec, base)) != self.key:
             raise InvalidRequest(
@@ -115,8 +121,10 @@ class WarmModel:
             )
         names = {DEFAULT_ADAPTER: DEFAULT_ADAPTER}  # part of the base
         if not spec.merge_adapter:
-            wanted = _by_digest(spec, adapters)
+            wanted = by_digest(spec, adapters)
             await self._have(wanted)
+            if not wanted.keys() <= self._adapters.keys():
+                raise HostUnavailable("an adapter became another while it was loaded. Load the model again.")
             names = {found.info.name: wanted[found.info.digest].name for found in adapters}
         loaded = await self._when_ready()
         infos = [found.info for found in adapters]
@@ -234,10 +242,10 @@ class WarmModel:
                 await self._load_again(_FIRST_LOADS)
             except AlpacaError as error:  # it is for those alone who asked for these adapters
                 self._adapters = before
+                if isinstance(error, InvalidAdapter) or type(error) is LoadError:  # it would be so again
+                    self._refused.update(dict.fromkeys(missing, error))
                 if not isinstance(error, LoadError):
                     error = LoadError(f"an engine has to live through its load, but with {names}: {error}")
-                if not isinstance(error, NotEnoughMemory):
-                    self._refused.update(dict.fromkeys(missing, error))
                 raise error from None
             finally:
                 self._task = asyncio.create_task(self._keep())
@@ -257,9 +265,7 @@ class WarmModel:
                 try:
                     await self._load_again(_LOADS if self._was_loaded else _FIRST_LOADS)
                 except AlpacaError as error:
-                    self.error = error
-                    self._ready.set()
-                    self.scheduler.fail(error)
+                    self._fail(error)
                     return
             assert self._engine is not None
             code = await self._engine.listen(self.settings.hang, lambda: self.scheduler.running > 0)
@@ -267,6 +273,14 @@ class WarmModel:
             self._ready.clear()
             # SIGKILL and SIGTERM come from outside: from a person, or from a system that is short of memory
             self.scheduler.died(0.25 if code in (-9, -15) else 1.0)
+            if self.scheduler.in_vain >= _IN_VAIN:
+                self._fail(LoadError(f"an engine gives results, but {_IN_VAIN} died without one. Read the host's log."))
+                return
+
+    def _fail(self, error: AlpacaError) -> None:
+        self.error = error
+        self._ready.set()
+        self.scheduler.fail(error)
 
     async def _load_again(self, times: int) -> None:
         """Load, so many times where it may help: an engine that died, or a model that has been loaded before.
@@ -289,7 +303,11 @@ class WarmModel:
 
     async def _load(self) -> None:
         spec = self._spec
+        if self._base.revision:  # the hub may have a newer one by now
+            spec = spec.model_copy(update={"revision": self._base.revision})
         if not spec.merge_adapter:
+            # rows of one that is not there any more get an error, and nobody else notices
+            self._adapters = await asyncio.to_thread(still_there, self._adapters)
             named = {"adapter": None, "adapter_revision": None, "adapters": tuple(self._adapters.values())}
             spec = spec.model_copy(update=named)
         while True:
@@ -305,6 +323,8 @@ class WarmModel:
                 break
         if not self._is_ours(loaded.info):
             await self._engine.stop()
+            if {adapter.digest for adapter in loaded.info.adapters} != set(self._adapters or self._merged):
+                raise HostUnavailable("adapters became others while they were loaded. Load the model again.")
             raise DigestMismatch(
                 f"a host keeps one model, but files of {spec.base_model!r} or its adapters have become others since it "
                 "began. Load the model again: its own host starts."
@@ -353,16 +373,6 @@ def _sources(spec: ModelSpec) -> list[tuple[str, str | None]]:
 
 def _no_process(error: OSError) -> HostUnavailable:
     return HostUnavailable(f"an engine is a process of its own, but none can be started ({error}). Try again later.")
-
-
-def _by_digest(spec: ModelSpec, adapters: Sequence[Adapter]) -> dict[str, NamedAdapter]:
-    """A spec's adapters under names that mean their bytes: those of two specs may share an engine."""
-    own = [spec.adapter_revision] if spec.adapter else []
-    revisions = [*own, *(adapter.revision for adapter in spec.adapters)]
-    return {
-        found.info.digest: NamedAdapter(name=found.info.digest[:32], source=found.info.source, revision=revision)
-        for found, revision in zip(adapters, revisions, strict=True)
-    }
 
 
 def _resident(pid: int | None) -> int:

@@ -122,9 +122,11 @@ def _start(spec: ModelSpec, key: str, folder: Path, *, last: bool) -> bool:
     path = folder / f"{key}.log"
     # its own folder of work is another, and paths may be relative to this one
     places = {"ALPACA_RUNTIME": str(folder.absolute()), "ALPACA_CACHE": str(cache_folder().absolute())}
+    with suppress(FileNotFoundError):  # of the one before, which may say why it died
+        path.replace(path.with_suffix(".log.1"))
     with path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "alpaca_core.host.server", key],
+            [sys.executable, "-P", "-m", "alpaca_core.host.server", key],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -77,14 +77,13 @@ def find_base_apart(spec: ModelSpec) -> Checkpoint:
 
 def device_of(spec: ModelSpec) -> str:
     """Name the device that a spec means on this machine, without asking torch: two names of one device are one."""
-    device: str
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if spec.device_map is not None:
-        device = spec.device_map
-    elif spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):
+        return f"{spec.device_map} of {','.join(visible) or 'all'}"
+    if spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):
         return "cpu"
-    else:
-        device = f"cuda:{spec.device.partition(':')[2] or 0}"
-    return f"{device} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}"
+    number = int(spec.device.partition(":")[2] or 0)
+    return f"cuda:{visible[number] if visible[0] and number < len(visible) else number}"
 
 
 def key_of(spec: ModelSpec, base: Checkpoint) -> str:
@@ -108,7 +107,7 @@ def _apart(name: str) -> Convert:
 
     def convert(source: Path, folder: Path) -> None:
         done = subprocess.run(
-            [sys.executable, "-c", program, str(source), str(folder)],
+            [sys.executable, "-P", "-c", program, str(source), str(folder)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -96,6 +96,7 @@ class Scheduler:
         waiting: Rows that the engine has not.
         rows: Rows that have come out, of all clients since the start.
         tokens: Tokens that have been generated since.
+        in_vain: Deaths of engines since a row came out.
         used: When there was something to do last, by `time.monotonic`.
     """
 
@@ -107,7 +108,7 @@ class Scheduler:
         self._next_key = 0
         self._open = False
         self._slots = 1
-        self.waiting = self.rows = self.tokens = 0
+        self.waiting = self.rows = self.tokens = self.in_vain = 0
         self.used = time.monotonic()
         self._recent: deque[tuple[float, Kind, int, int]] = deque()  # when, and how many rows and tokens
 
@@ -173,6 +174,7 @@ class Scheduler:
                 continue
             self._lines[row.kind].running -= 1
             counts[row.kind] += 1
+            self.in_vain = 0
             self._hand_out(row, result)
         for kind, count in counts.items():
             if count:
@@ -201,6 +203,7 @@ class Scheduler:
             weight: How far one of them may be the reason: 0 is not at all, 1 a death of its own.
         """
         self._open = False
+        self.in_vain += weight >= 1.0
         alone = len(self._running) == 1
         for row in self._running.values():
             row.deaths += weight

@@ -21,6 +21,8 @@ from alpaca_core.spec import ModelSpec
 _LINE = 4 * MOST_BYTES
 _LOADING = 60.0
 """Seconds without a sign of life after which an engine that loads is ended: imports may hold it for a while."""
+_LONGEST_LOAD = 3600.0
+"""Seconds of a load, which reads what lies on the disk, after which signs of life count no more."""
 _END = 5.0
 """Seconds between the end of an engine's connection and that of its process, the one or the other first."""
 
@@ -34,8 +36,9 @@ class Loaded:
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment for host and engine: without what belongs to the run that happens to start them."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    """The environment for host and engine: without what belongs to the run that happens to start them, or is secret."""
+    strange = ("PREFECT_", "ALPACA_HOST_TOKEN")
+    return {name: value for name, value in os.environ.items() if not name.startswith(strange)}
 
 
 class Engine:
@@ -59,6 +62,7 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._last = 0.0  # when it gave a sign of life, or got work after it had none
+        self._ended_here = False
 
     @property
     def pid(self) -> int | None:
@@ -78,7 +82,7 @@ class Engine:
         ours, its = socket.socketpair()
         with its:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "alpaca_core.host.engine", str(its.fileno())),
+                *(sys.executable, "-P", "-m", "alpaca_core.host.engine", str(its.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -91,8 +95,10 @@ class Engine:
         self._last = time.monotonic()
         watch = asyncio.create_task(self._watch(max(hang, _LOADING), lambda: True))
         try:
+            begun = time.monotonic()
             while (message := await self._read()) is not None and "loading" in message:
-                self._last = time.monotonic()
+                if time.monotonic() - begun < _LONGEST_LOAD:
+                    self._last = time.monotonic()
         finally:
             watch.cancel()
         if message is None:
@@ -115,7 +121,7 @@ class Engine:
         self._last = time.monotonic()
 
     async def listen(self, hang: float, busy: Callable[[], bool]) -> int:
-        """Pass messages on until the process has ended; return its exit code, negative for a signal.
+        """Pass messages on until the process has ended; return its exit code, negative for a signal from outside.
 
         Args:
             hang: Seconds without a sign of life, while `busy`, after which it is killed.
@@ -131,7 +137,8 @@ class Engine:
         finally:
             for task in (watch, *ends):
                 task.cancel()
-        return await self._process.wait()
+        code = await self._process.wait()
+        return abs(code) if self._ended_here else code
 
     async def _pass_on(self) -> None:
         while (message := await self._read()) is not None:
@@ -147,6 +154,7 @@ class Engine:
         if self._writer is not None:
             self._writer.close()
         if self._process is not None and self._process.returncode is None:
+            self._ended_here = True
             with suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
@@ -156,6 +164,7 @@ class Engine:
         while True:
             await asyncio.sleep(min(1.0, hang / 4))
             if busy() and time.monotonic() - self._last > hang:
+                self._ended_here = True
                 with suppress(ProcessLookupError):
                     self._process.send_signal(signal.SIGABRT)  # its log gets the stack where it hangs
                     await asyncio.sleep(1.0)

@@ -108,6 +108,8 @@ def test_tables_shared_with_the_published_tokenizer_encode_as_tables_without_con
     "change",
     [
         lambda parsed: parsed["model"].update(ignore_merges=True),
+        lambda parsed: parsed["model"].update(continuing_subword_prefix="##"),
+        lambda parsed: parsed["model"].update(end_of_word_suffix="</w>"),
         lambda parsed: parsed["model"]["merges"].append(["<|im_", "start|>"]),
         lambda parsed: parsed["added_tokens"].append({**parsed["added_tokens"][0], "content": "x", "id": 99_999}),
         lambda parsed: parsed["model"].update(type="Unigram"),
