@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 from filelock import FileLock, Timeout
 
+from alpaca_core.adapters import find_adapters
 from alpaca_core.cache import cache_folder
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.client import HostModel
@@ -85,6 +86,7 @@ def local(spec: ModelSpec) -> httpx.Client:
     folder = runtime_folder()
     path = folder / f"{key}.sock"
     if not _answers(path):
+        find_adapters(spec)  # what is wrong with them is told here, by its own kind
         try:
             with FileLock(folder / f"{key}.start", timeout=2 * _START):
                 for attempt in range(_ATTEMPTS):

@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 import alpaca_core.host
-from alpaca_core.errors import HostUnavailable, InvalidRequest
+from alpaca_core.errors import HostUnavailable, InvalidAdapter, InvalidRequest, ModelNotFound
 from alpaca_core.host.client import _checked
 from alpaca_core.host.launcher import at_host, chosen
 from alpaca_core.host.place import absolute, find_base_apart, key_of, runtime_folder
 from alpaca_core.host.settings import Settings
 from alpaca_core.spec import ModelSpec
-from tests.host.conftest import ADAPTERS, spec_of
+from tests.host.conftest import ADAPTERS, processes, spec_of
 
 
 def test_a_runtime_folder_is_made_for_its_user_alone(monkeypatch: pytest.MonkeyPatch, runtime: Path) -> None:
@@ -178,3 +178,19 @@ def test_nothing_on_the_way_can_run_code() -> None:
         called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "id")}
         assert not {name.split(".")[0] for name in imported} & unsafe
         assert not called & {"eval", "exec", "compile", "__import__"}
+
+
+def test_what_is_not_there_is_told_as_where_no_host_is_and_starts_none(
+    base: Path, cache: Path, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALPACA_CACHE", str(cache))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    for kind, changes in (
+        (ModelNotFound, {"base_model": str(base / "none")}),
+        (ModelNotFound, {"adapter": str(base / "none")}),
+        (InvalidAdapter, {"adapter": str(tmp_path)}),
+    ):
+        with pytest.raises(kind), at_host(spec_of(base).model_copy(update=changes), "auto"):
+            pass
+    assert not processes(runtime)
