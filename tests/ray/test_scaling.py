@@ -26,11 +26,11 @@ def test_a_replica_is_added_under_load(serve: Serve, spec: ModelSpec, expected: 
         came = threading.Event()
 
         def watch() -> None:
-            served.wait_for(2)
+            served.wait_for(2, 400)
             came.set()
 
         threading.Thread(target=watch, daemon=True).start()
-        ends = time.monotonic() + 180
+        ends = time.monotonic() + 400
         calls = 0
         while time.monotonic() < ends and not (came.is_set() and calls > 1):
             calls += 1
