@@ -15,7 +15,7 @@ import pytest
 
 import alpaca_core.host
 from alpaca_core.errors import HostUnavailable, InvalidAdapter, InvalidRequest, ModelNotFound
-from alpaca_core.host.client import _checked
+from alpaca_core.host.exchange import checked
 from alpaca_core.host.launcher import at_host, chosen
 from alpaca_core.host.place import absolute, find_base_apart, key_of, runtime_folder
 from alpaca_core.host.settings import Settings
@@ -165,7 +165,7 @@ def test_a_host_that_is_not_there_is_told_within_a_minute(monkeypatch: pytest.Mo
 def test_what_is_no_host_of_ours_is_told_so() -> None:
     for strange in (httpx.Response(200, json=[1]), httpx.Response(200, text="<html>"), httpx.Response(502, json={})):
         with pytest.raises(HostUnavailable, match="answers in JSON"):
-            _checked(strange)
+            checked(strange)
 
 
 def test_nothing_on_the_way_can_run_code() -> None:
