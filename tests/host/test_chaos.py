@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,9 +121,11 @@ def test_one_host_starts_for_launchers_that_meet_over_what_dead_ones_left(spec: 
     (folder / f"{key}.lock").write_text("4711")
     (folder / f"{key}.start").write_text("4711")
     (folder / f"{key}.log").mkdir(mode=0o700)
+    (folder / f"{key}.log.1" / "full").mkdir(mode=0o700, parents=True)  # so that no log can be put aside
     with pytest.raises(HostUnavailable, match="cannot be written"), at_host(spec, "auto"):
         pass
     (folder / f"{key}.log").rmdir()
+    shutil.rmtree(folder / f"{key}.log.1")
     program = (
         "import resource, sys, alpaca_core\n"
         "from alpaca_core import ModelSpec\n"
