@@ -83,7 +83,9 @@ def device_of(spec: ModelSpec) -> str:
     if spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):
         return "cpu"
     number = int(spec.device.partition(":")[2] or 0)
-    return f"cuda:{visible[number] if visible[0] and number < len(visible) else number}"
+    if not visible[0]:
+        return f"cuda:{number}"
+    return f"cuda:{visible[number]}" if number < len(visible) else f"no. {number} of {len(visible)} GPUs"
 
 
 def key_of(spec: ModelSpec, base: Checkpoint) -> str:

@@ -109,6 +109,8 @@ def test_one_key_for_each_base_its_bits_and_its_device(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert key(spec_of(base)) == plain
     assert key(spec_of(base, device="cuda:1")) not in keys
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert key(spec_of(base, device="cuda:0")) == keys[2], "the second GPU, shown as the first"
 
 
 def test_paths_are_made_absolute_and_names_are_left(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
