@@ -106,9 +106,10 @@ def test_one_key_for_each_base_its_bits_and_its_device(
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     assert key(spec_of(base).model_copy(update={"base_model": str(copy)})) not in {plain, *keys}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,1,4")  # a GPU is the same one, wherever it is shown
     assert key(spec_of(base)) == plain
-    assert key(spec_of(base, device="cuda:1")) not in keys
+    assert key(spec_of(base, device="cuda:1")) in keys
+    assert key(spec_of(base, device="cuda:2")) not in keys
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     assert key(spec_of(base, device="cuda:0")) == keys[2], "the second GPU, shown as the first"
 
