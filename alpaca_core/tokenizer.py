@@ -291,7 +291,8 @@ def _out_of_reach(parsed: dict[str, Any]) -> bool:
     if any(len(content) < 2 or not content.strip() or content == model.get("unk_token") for content in added):
         return False
     control = set(added)
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = model["merges"]
+    pairs = merges if merges and isinstance(merges[0], list) else [merge.split(" ", 1) for merge in merges]
     return not any(left in control or right in control or left + right in control for left, right in pairs)
 
 
