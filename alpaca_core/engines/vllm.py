@@ -37,11 +37,19 @@ from alpaca_core.engines.weights import (
     open_network,
     stored_tensors,
 )
-from alpaca_core.errors import DeviceUnavailable, EngineUnavailable, InvalidAdapter, InvalidCheckpoint, NotEnoughMemory
+from alpaca_core.errors import (
+    DeviceUnavailable,
+    EngineUnavailable,
+    InvalidAdapter,
+    InvalidCheckpoint,
+    LoadError,
+    NotEnoughMemory,
+)
 from alpaca_core.spec import ModelSpec
 
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is stepped here
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the first one's sampler is what all this was tried with
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -91,8 +99,7 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     settings: dict[str, Any] = {"gpu_memory_utilization": spec.memory_share}
     if device.type == "cpu":
         settings = {"kv_cache_memory_bytes": _cpu_cache(spec, config, dtype, context, memory)}
-    elif spec.device != "auto":
-        first = device.index or 0
+    elif first := device.index:
         settings["device_ids"] = list(range(first, first + spec.tensor_parallel_size))
     try:
         engine = start(
@@ -105,6 +112,8 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
             tensor_parallel_size=spec.tensor_parallel_size,
             **settings,
         )
+    except LoadError:
+        raise
     except Exception as error:  # vLLM raises every kind
         if ran_out(error) or "memory" in str(error).lower():
             raise NotEnoughMemory(
@@ -155,6 +164,11 @@ def _engine(
             # 0.32 on a CPU adds the last place to rows without adapter, beside rows with one: it stays empty
             places = len(adapters) + int(current_platform.is_cpu())
             settings |= {"enable_lora": True, "max_loras": places, "max_lora_rank": room_for}
+        if "device_ids" in settings and "device_ids" not in EngineArgs.__dataclass_fields__:
+            raise DeviceUnavailable(
+                f"this vLLM starts at the first GPU, but device is 'cuda:{settings['device_ids'][0]}'. "
+                "Name the GPUs in CUDA_VISIBLE_DEVICES, and use device='cuda'."
+            )
         arguments = EngineArgs(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -240,9 +254,17 @@ def _check_adapters(network: PreTrainedModel, adapters: Sequence[Adapter], dtype
     """Put the adapters on a network without memory: all their tensors must have their place there."""
     if not adapters:
         return
+    from vllm.lora.peft_helper import PEFTHelper
+
     model = attach(network, adapters, dtype)
     for place, adapter in enumerate(adapters):
         layers = {key.partition(".lora_")[0] for key, _ in model.named_parameters() if f".adapter{place}." in f"{key}."}
+        patterned = adapter.lora.rank_pattern or adapter.lora.alpha_pattern
+        if patterned and "rank_pattern" not in PEFTHelper.__dataclass_fields__:
+            raise InvalidAdapter(
+                f"this vLLM gives all layers of an adapter one rank, but {adapter.info.source!r} has rank_pattern or "
+                'alpha_pattern, which it would drop. Install a newer one, or load it with engine="auto".'
+            )
         strange = sorted({layer.rpartition(".")[2] for layer in layers} - _LAYERS)
         if strange or adapter.lora.fan_in_fan_out:
             raise InvalidAdapter(
