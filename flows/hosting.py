@@ -23,6 +23,10 @@ def run_serve(options: argparse.Namespace) -> int:
     """Serve a model on TCP, or from a Ray cluster, until the process is ended."""
     token = token_of(options.address, options.token_file)
     spec = spec_of(options)
+    if not options.ray and (options.replicas, options.most_replicas, options.gpus) != (1, None, None):
+        raise InvalidRequest(
+            "--replicas, --most-replicas and --gpus are of a Ray cluster, but --ray is not there. Add it."
+        )
     from alpaca_core.host.cluster import replicas_of, run_ray
     from alpaca_core.host.server import run_tcp
 

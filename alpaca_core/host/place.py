@@ -1,7 +1,8 @@
 """Where hosts of this machine live, and which of them a spec means. Nothing here imports torch.
 
 Files of a host, in a folder that its user alone may enter, by the host's key: ``.sock`` (where it listens), ``.lock``
-(held as long as it or its engine lives), ``.start`` (held by whoever starts it), ``.log``.
+(held as long as it or its engine lives), ``.start`` (held by whoever starts it), ``.log``, and ``.log.1`` of the host
+before it.
 """
 
 import os

@@ -415,3 +415,9 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, capsys: pytest
     assert cli.main(["judge", "x", "--calibration", labelled(tmp_path, {"a": 1})]) == 2
     assert cli.main(["calibrate", str(tmp_path / "absent")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_replicas_without_ray_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--replicas", "--most-replicas", "--gpus"):
+        assert cli.main(["serve", option, "2"]) == 2
+        assert "Add --ray" in capsys.readouterr().err
