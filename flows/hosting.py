@@ -24,9 +24,7 @@ def run_serve(options: argparse.Namespace) -> int:
     token = token_of(options.address, options.token_file)
     spec = spec_of(options)
     if not options.ray and (options.replicas, options.most_replicas, options.gpus) != (1, None, None):
-        raise InvalidRequest(
-            "--replicas, --most-replicas and --gpus are of a Ray cluster, but --ray is not there. Add it."
-        )
+        raise InvalidRequest("--replicas, --most-replicas and --gpus are of a Ray cluster. Add --ray, or drop them.")
     from alpaca_core.host.cluster import replicas_of, run_ray
     from alpaca_core.host.server import run_tcp
 
