@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alpaca_core.engines.llama import Llama
-from alpaca_core.engines.packing import TILE
+from alpaca_core.engines.packing import PAGE
 from alpaca_core.engines.pages import Pages
 from alpaca_core.engines.recovering import ran_out, too_large
 from alpaca_core.engines.sharing import room
@@ -43,7 +43,7 @@ class Memory:
         Raises:
             RowRejected: If the memory is too small for this row, however few others there are.
         """
-        needed = -(-size // TILE)
+        needed = -(-size // PAGE)
         taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and self._grow(self.pages.count + needed, 1 + needed):
             taken = self.pages.take(str(adapter), prompt, size, kept)
@@ -53,7 +53,7 @@ class Memory:
 
     def expect(self, sizes: Sequence[int]) -> None:
         """Make room for rows of these numbers of tokens at once, where nothing has to be copied for it."""
-        wanted = 1 + sum(-(-size // TILE) for size in sizes)
+        wanted = 1 + sum(-(-size // PAGE) for size in sizes)
         if not self.pages.in_use and wanted > self.pages.count:
             self._grow(wanted, wanted)
 

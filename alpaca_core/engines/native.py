@@ -1,6 +1,7 @@
 """`LanguageModel` on our own forward pass: a row's result is the same in any company, bit for bit."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.lora import CausalLM
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
-from alpaca_core.engines.recovering import Recovery, Worker
+from alpaca_core.engines.recovering import Recovery, Worker, ran_out
 from alpaca_core.engines.running import Request, Runner, outcomes
 from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
@@ -24,6 +25,8 @@ Found = TypeVar("Found")
 
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
+_GPU_GRAIN = 256
+"""Passes are filled up to a multiple of this: on an H100, cuBLAS sums in the same order for all of them."""
 _CPU_TOKENS = 1024
 
 
@@ -51,13 +54,12 @@ class NativeModel(Engine):
         memory_share: float = 0.9,
     ) -> None:
         super().__init__(network, tokenizer, info, batch_size)
-        shape = first_shape(self._device, batch_size)
         with torch.no_grad(), self._at_device():
             self._llama: Llama | None = Llama(network)
             self._memory = Memory(self._llama, memory_share)
+            shape, self._steady = tried(self._llama, first_shape(self._device, batch_size))
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
             self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
-            self._steady = shape.fixed or self._llama.steady()
         self._loaded = info
         self._recovery = Recovery(shape, self._changed)
         self._tell(shape)
@@ -161,5 +163,24 @@ class NativeModel(Engine):
 def first_shape(device: torch.device, batch_size: int) -> Shape:
     """Choose the sizes of passes: on a GPU a function of the batch size, since bits depend on them."""
     if device.type == "cuda":
-        return Shape(batch_size, min(_GPU_TOKENS, max(64, 64 * batch_size)), fixed=True)
+        tokens = min(_GPU_TOKENS, max(64, 64 * batch_size))
+        return Shape(batch_size, tokens, fixed=True, grain=tokens)
     return Shape(batch_size, _CPU_TOKENS, fixed=False)
+
+
+def tried(llama: Llama, shape: Shape) -> tuple[Shape, bool]:
+    """Try what a shape takes for granted: that a row's bits do not depend on the number of rows beside it.
+
+    Returns:
+        The shape, on a GPU with passes of any multiple of 256 tokens where these give the same bits as full ones, and
+        whether a row's bits are the same in any company.
+    """
+    if not shape.fixed:
+        return shape, llama.steady([shape.grain * each for each in (1, 2, 3, 4, 8, 16)], shape.tokens)
+    try:
+        if llama.steady(range(_GPU_GRAIN, shape.tokens, _GPU_GRAIN), shape.tokens):
+            return replace(shape, grain=min(_GPU_GRAIN, shape.tokens)), True
+    except Exception as error:
+        if not ran_out(error):  # passes of this size will, too, and take a smaller shape
+            raise
+    return shape, True

@@ -190,8 +190,9 @@ class Reader:
         while self._waiting and len(self._held) < self._most:
             reading = self._waiting[0]
             prompt = reading.row.prompt_ids
-            left = len(prompt) - self._memory.pages.known(str(reading.adapter), prompt)
-            if batch and (left > room or len(batch) + -(-left // TILE) > self.shape.most_ends):
+            begun = self._memory.pages.known(str(reading.adapter), prompt)
+            left, cuts = len(prompt) - begun, -(-len(prompt) // TILE) - begun // TILE
+            if batch and (left > room or len(batch) + cuts > self.shape.most_ends):
                 break
             try:
                 taken = self._memory.take(reading.adapter, prompt, len(prompt))

@@ -20,7 +20,7 @@ from alpaca_core.engines.graphs import Stepper
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import row_key
-from alpaca_core.engines.packing import TILE, Tile, prompt_tiles
+from alpaca_core.engines.packing import PAGE, Tile, prompt_tiles
 from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
@@ -86,7 +86,7 @@ class Runner:
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.zeros(slots, dtype=torch.int32, device=device),
             torch.full((slots,), -1, dtype=torch.long, device=device),
-            torch.zeros(slots, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device),
+            torch.zeros(slots, -(-len(llama.cos) // PAGE), dtype=torch.int32, device=device),
         )
         self._take(shape)
 

@@ -20,7 +20,7 @@ from alpaca_core.engines.graphs import Stepper
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import gumbel, row_key
-from alpaca_core.engines.packing import TILE, Tile, prompt_tiles
+from alpaca_core.engines.packing import PAGE, Tile, prompt_tiles
 from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
 from alpaca_core.engines.running import Request, read_pass
 from alpaca_core.engines.shapes import Shape
@@ -61,8 +61,8 @@ class _Row:
     def size(self) -> int:
         """Tokens that all its pages have room for: the full ones of the prompt are there once."""
         prompt = len(self.row.prompt_ids)
-        whole = -(-(prompt + self.row.sampling.max_new_tokens) // TILE)
-        return TILE * (prompt // TILE + self.lanes * (whole - prompt // TILE))
+        whole = -(-(prompt + self.row.sampling.max_new_tokens) // PAGE)
+        return PAGE * (prompt // PAGE + self.lanes * (whole - prompt // PAGE))
 
 
 class Searcher:
@@ -88,11 +88,11 @@ class Searcher:
         self._waiting: deque[_Row] = deque()
         self._live: list[_Row] = []
         self.finished = 0
-        device, lanes = llama.device, shape.padded(shape.slots) + 1  # the last one is nobody's
+        device, lanes = llama.device, shape.lanes + 1  # the last one is nobody's
         self._first = (
             torch.zeros(lanes, dtype=torch.long, device=device),
             torch.zeros(lanes, dtype=torch.int32, device=device),
-            torch.zeros(lanes, -(-len(llama.cos) // TILE), dtype=torch.int32, device=device),
+            torch.zeros(lanes, -(-len(llama.cos) // PAGE), dtype=torch.int32, device=device),
             torch.full((lanes,), -1, dtype=torch.long, device=device),
         )
         self._take(shape)
@@ -101,7 +101,7 @@ class Searcher:
         """Use the lanes of a shape; a smaller one takes no memory of its own."""
         self.shape = shape
         self._most = shape.slots  # rows at once
-        self._width = shape.slots if shape.fixed else shape.padded(shape.slots)
+        self._width = shape.lanes
         states = [state[: self._width + 1] for state in self._first]
         self._tokens, self._lengths, self._table, self._adapters = states
         self._stepper = Stepper(self._llama, self._memory, self._tokens, self._lengths, self._table, self._adapters)
@@ -195,7 +195,7 @@ class Searcher:
                     break
                 row.pages = taken[0]
                 self._live.append(self._waiting.popleft())
-                row.tables = [row.pages[: -(-len(prompt) // TILE)]]
+                row.tables = [row.pages[: -(-len(prompt) // PAGE)]]
                 mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
                 tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
             for batch in self.shape.passes(tiles):
@@ -318,7 +318,7 @@ def follow(
         A table for each beam, and which page is to be copied to which. All are read before one is written: a
         page of a beam that has ended may be written to.
     """
-    full, begun = divmod(held, TILE)
+    full, begun = divmod(held, PAGE)
     found = [list(tables[parent][:full]) for parent in parents]
     if begun:
         for parent in set(parents):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from alpaca_core.engines import native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.tokenizer import Tokenizer
@@ -40,6 +41,18 @@ def test_a_row_has_the_same_bits_in_another_order_and_alone(make: Make) -> None:
     for place in order[:4]:
         model._memory.pages.forget()
         assert results(model, [prompts[place]]) == [expected[place]]
+
+
+def test_passes_that_are_not_full_give_the_same_bits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = texts(60)
+    model = make(batch_size=64)
+    assert model._recovery.shape.grain < model._recovery.shape.tokens, "cuBLAS sums in another order on this GPU"
+    expected = results(model, prompts)
+    for place in range(6):
+        model._memory.pages.forget()
+        assert results(model, [prompts[place]]) == [expected[place]]
+    monkeypatch.setattr(native, "_GPU_GRAIN", 4096)
+    assert results(make(batch_size=64), prompts) == expected
 
 
 @pytest.mark.parametrize("ends", [True, False])
