@@ -59,7 +59,6 @@ class _Line:
     clients: dict[str, deque[_Row]] = field(default_factory=dict)  # the next one's turn first
     running: int = 0
     window: int = 0
-    rate: float = 0.0  # rows a second, of late
 
     def add(self, row: _Row) -> None:
         self.clients.setdefault(row.ticket.client, deque()).append(row)
