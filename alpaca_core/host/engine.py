@@ -13,6 +13,8 @@ import queue
 import socket
 import sys
 import time
+import traceback
+from contextlib import suppress
 from functools import lru_cache
 from threading import Event, Lock, Thread
 from typing import Any
@@ -48,10 +50,16 @@ class Pipe:
             self._connection.sendall(line)
 
     def _read(self) -> None:
-        with self._connection.makefile("rb") as lines:
-            for line in lines:
-                self.inbox.put(json.loads(line))
-        os._exit(0)  # the host is gone, and the main thread may be busy for long
+        """Read until the host is gone; then end this process, whose main thread may be busy for long."""
+        try:
+            with suppress(ConnectionError), self._connection.makefile("rb") as lines:
+                for line in lines:
+                    if line.endswith(b"\n"):  # else it was killed in mid-line
+                        self.inbox.put(json.loads(line))
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from alpaca_core.adapters import find_adapters
 from alpaca_core.errors import DigestMismatch, HostUnavailable
 from alpaca_core.host.launcher import at_host
-from alpaca_core.host.neighbours import stop
+from alpaca_core.host.neighbours import connection, stop
 from alpaca_core.host.place import find_base_apart, key_of
 from alpaca_core.model import GenerateRow, RowError
 from alpaca_core.spec import ModelSpec, Sampling
@@ -189,6 +190,36 @@ def test_the_next_host_waits_for_the_engine_of_one_that_was_killed(
         with at_host(spec_of(base), "auto") as other:
             list(other.generate([GenerateRow((1,), Sampling(max_new_tokens=1))]))
         assert work(model, 0, (*ADAPTERS, None)) == expected[0]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("in_mid_line", [False, True])
+def test_no_engine_outlives_a_host_that_is_killed_while_they_speak(
+    in_mid_line: bool, spec: ModelSpec, folder: Path
+) -> None:
+    """Results that nobody has read reset the connection; a request of which half has come is no JSON."""
+    with at_host(spec, "auto"):
+        pass
+    (host,), (engine,), (path,) = processes(folder, SERVER), engines(folder), folder.glob("*.sock")
+    tokens = [1] * 300_000 if in_mid_line else [1]  # more than a socket holds
+    row = {"prompt_ids": tokens, "sampling": {"max_new_tokens": 200}, "adapter": None}
+
+    def ask() -> None:
+        with suppress(httpx.HTTPError), connection(path, 60.0) as http:
+            http.post("/v1/generate", json={"rows": [row] * 4})
+
+    with ThreadPoolExecutor(1) as pool:
+        if in_mid_line:
+            engine.suspend()
+        call = pool.submit(ask)
+        until(lambda: host_of(folder).running)  # type: ignore[union-attr]
+        if not in_mid_line:
+            host.suspend()
+        time.sleep(2.0)  # for what the one sends while the other is frozen
+        host.kill()
+        engine.resume()
+        until(lambda: not engines(folder), 5.0)
+        call.result(10.0)
 
 
 @pytest.fixture
