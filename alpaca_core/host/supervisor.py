@@ -101,13 +101,15 @@ class Engine:
                     self._last = time.monotonic()
         finally:
             watch.cancel()
-        if message is None:
+        if message is None or "failed" in message:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _END)
+            await self.stop()
+            if message is not None:
+                raise read_error(message["failed"])
             code = await self._process.wait()
             kind = HostUnavailable if code < 0 else LoadError
             raise kind(f"an engine's process {_ended(code)} while it loaded the model. Read the host's log.")
-        if "failed" in message:
-            await self._process.wait()
-            raise read_error(message["failed"])
         return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
 
     def send(self, message: dict[str, Any]) -> None:

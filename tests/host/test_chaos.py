@@ -1,5 +1,6 @@
 """Processes that die, hang, meet or run out of room: every call ends, with the results of a quiet run."""
 
+import asyncio
 import os
 import random
 import shutil
@@ -20,10 +21,11 @@ import psutil
 import pytest
 
 from alpaca_core.adapters import find_adapters
-from alpaca_core.errors import DigestMismatch, HostUnavailable
+from alpaca_core.errors import DigestMismatch, HostUnavailable, InvalidCheckpoint
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection, stop
 from alpaca_core.host.place import find_base_apart, key_of
+from alpaca_core.host.supervisor import Engine
 from alpaca_core.model import GenerateRow, RowError
 from alpaca_core.spec import ModelSpec, Sampling
 from tests.host.conftest import ADAPTERS, host_of, in_process, own_folder, processes, spec_of, until
@@ -50,8 +52,11 @@ if "{ENGINE}" in sys.orig_argv:
                 time.sleep(1000)
         return plain(self)
     feeding.NativeFeed.step = step
+    if os.environ.get("TESTS_LINGER"):
+        import threading
+        threading.Thread(target=time.sleep, args=(1000,)).start()
 """
-"""Makes engines die or hang of rows with one of two tokens: no part of the project, only of these tests' processes."""
+"""Makes engines die or hang of rows with one of two tokens, or linger at their end: no part of the project, only of these tests' processes."""
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +262,25 @@ def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec
         assert time.monotonic() - began < 12.0
         assert len(call.result(timeout=120.0)) == 4
         assert len(engines(deadly)) == 1
+
+
+@pytest.mark.end_to_end
+def test_an_engine_that_cannot_load_and_does_not_end_is_ended(base: Path, deadly: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "base"
+    shutil.copytree(base, broken)
+    with (broken / "model.safetensors").open("r+b") as weights:
+        weights.truncate(1000)
+
+    async def load() -> None:
+        engine = Engine(spec_of(broken), lambda _: None)
+        with pytest.raises(InvalidCheckpoint):
+            await engine.start(3.0)
+        assert engine.pid is not None
+        assert not psutil.pid_exists(engine.pid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTS_LINGER", "1")
+        asyncio.run(asyncio.wait_for(load(), 60.0))
 
 
 @pytest.mark.end_to_end
