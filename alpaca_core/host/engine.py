@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import time
@@ -59,6 +60,8 @@ class Pipe:
         except Exception:
             traceback.print_exc()
         finally:
+            if os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)  # and what it has begun with it
             os._exit(0)
 
 

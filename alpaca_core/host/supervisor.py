@@ -62,7 +62,7 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._last = 0.0  # when it gave a sign of life, or got work after it had none
-        self._ended_here = False
+        self._ended_here = self._killed = False
 
     @property
     def pid(self) -> int | None:
@@ -152,14 +152,21 @@ class Engine:
                 return
 
     async def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and all that it has begun."""
         if self._writer is not None:
             self._writer.close()
-        if self._process is not None and self._process.returncode is None:
-            self._ended_here = True
-            with suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None:
+            self._ended_here |= self._process.returncode is None
+            self._kill()
             await self._process.wait()
+
+    def _kill(self) -> None:
+        """Kill its session, which it leads: workers of its own may hang, and hold memory, when it is gone."""
+        assert self._process is not None
+        if not self._killed:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._killed = True  # later its number may be another's
 
     async def _watch(self, hang: float, busy: Callable[[], bool]) -> None:
         assert self._process is not None
@@ -170,7 +177,7 @@ class Engine:
                 with suppress(ProcessLookupError):
                     self._process.send_signal(signal.SIGABRT)  # its log gets the stack where it hangs
                     await asyncio.sleep(1.0)
-                    self._process.kill()
+                self._kill()
 
     async def _read(self) -> dict[str, Any] | None:
         try:

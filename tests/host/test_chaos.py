@@ -39,6 +39,7 @@ ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
 OTHERS = r"has become another|have become others"
 KILLER = 99
 HANGER = 98
+WORKER = ("sleep", "1234")
 _DEADLY = f"""
 import os, sys, time
 if "{ENGINE}" in sys.orig_argv:
@@ -55,8 +56,12 @@ if "{ENGINE}" in sys.orig_argv:
     if os.environ.get("TESTS_LINGER"):
         import threading
         threading.Thread(target=time.sleep, args=(1000,)).start()
+    if os.environ.get("TESTS_WORKER"):
+        import subprocess
+        subprocess.Popen(["{WORKER[0]}", "{WORKER[1]}"])
 """
-"""Makes engines die or hang of rows with one of two tokens, or linger at their end: no part of the project, only of these tests' processes."""
+"""Makes engines die or hang of rows with one of two tokens, linger at their end, or begin a process of their own: no part
+of the project, only of these tests' processes."""
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +267,30 @@ def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec
         assert time.monotonic() - began < 12.0
         assert len(call.result(timeout=120.0)) == 4
         assert len(engines(deadly)) == 1
+
+
+@pytest.mark.end_to_end
+def test_processes_that_an_engine_has_begun_end_with_it(spec: ModelSpec, deadly: Path) -> None:
+    row = GenerateRow((1,), Sampling(max_new_tokens=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TESTS_WORKER", "1")
+        with at_host(spec, "auto") as model:
+            (first,) = processes(deadly, WORKER[1])
+            engines(deadly)[0].kill()
+            until(lambda: not _lives(first), 5.0)
+            assert len(list(model.generate([row]))) == 1
+            (second,) = processes(deadly, WORKER[1])
+            processes(deadly, SERVER)[0].kill()
+            until(lambda: not _lives(second), 5.0)
+            assert len(list(model.generate([row]))) == 1
+            (third,) = processes(deadly, WORKER[1])
+        (path,) = deadly.glob("*.sock")
+        assert stop(path)
+        until(lambda: not _lives(third), 5.0)
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.end_to_end
