@@ -33,6 +33,7 @@ _MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of m
 """Of the errors that torch has no class for."""
 
 _collect_after = 0.0
+_passes = 0
 
 _Found = TypeVar("_Found")
 _Found_co = TypeVar("_Found_co", covariant=True)
@@ -40,6 +41,20 @@ _Found_co = TypeVar("_Found_co", covariant=True)
 
 class ShortOfMemory(Exception):
     """A pass ran out of memory again and again."""
+
+
+def passes() -> int:
+    """Count the passes that this process has run: while rows run, the number grows as long as the engine gets on.
+
+    Each brings a token or scores to all rows that are in it, or reads a part of their prompts.
+    """
+    return _passes
+
+
+def count_pass() -> None:
+    """Note that a pass has been run, where that is not done by `persevere`."""
+    global _passes
+    _passes += 1
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -68,11 +83,14 @@ def persevere(run: Callable[[], _Found], device: torch.device) -> _Found:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return run()
+            found = run()
         except Exception as error:
             if not ran_out(error):
                 raise
             message = str(error)
+        else:
+            count_pass()
+            return found
         # Out here the error is gone, and with it the frames that hold the failed pass's tensors.
         if attempt == 1:
             _collect()

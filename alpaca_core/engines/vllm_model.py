@@ -13,6 +13,7 @@ from itertools import count
 from threading import Lock
 from typing import Any, TypeVar
 
+from alpaca_core.engines.recovering import count_pass
 from alpaca_core.engines.vllm_rows import Ask, Outcome, Task, task_of
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
@@ -218,7 +219,9 @@ class _Requests:
 
     def _step(self) -> None:
         self._admit()
-        for output in self._engine.step():
+        outputs = self._engine.step()
+        count_pass()
+        for output in outputs:
             if not output.finished or output.request_id not in self._inside:
                 continue
             running, ask = self._inside.pop(output.request_id)

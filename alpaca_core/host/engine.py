@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from threading import Event, Lock, Thread
@@ -22,13 +23,16 @@ from typing import Any
 
 from alpaca_core.engines.feeding import BatchFeed
 from alpaca_core.engines.opening import open_model
+from alpaca_core.engines.recovering import passes
 from alpaca_core.errors import AlpacaError
-from alpaca_core.host.protocol import GenerateJson, write_error, write_result
+from alpaca_core.host.protocol import GenerateJson, Result, write_error, write_result
 from alpaca_core.model import Completion, Feed, LanguageModel, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec
 
 _PULSE = 0.5
 """Seconds between signs of life."""
+_PART = 100_000
+"""Scores and tokens from which on results go in another line: some 2 MB of scores."""
 
 
 class Pipe:
@@ -71,7 +75,7 @@ def main() -> None:
     pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
     spec = ModelSpec.model_validate(pipe.inbox.get()["load"])
     loaded = Event()
-    Thread(target=_say_loading, args=(pipe, loaded), daemon=True).start()
+    Thread(target=_say_alive, args=(pipe, loaded), daemon=True).start()
     try:
         with open_model(spec) as model:
             loaded.set()
@@ -83,26 +87,51 @@ def main() -> None:
         pipe.send(failed=write_error(error))
 
 
-def _say_loading(pipe: Pipe, loaded: Event) -> None:
-    while not loaded.wait(_PULSE):
-        pipe.send(loading=True)
+def _say_alive(pipe: Pipe, loaded: Event) -> None:
+    """Tell the host that the load goes on, and then that passes end: one that only turns round is no sign of life."""
+    before = 0
+    while True:
+        time.sleep(_PULSE)
+        if not loaded.is_set():
+            pipe.send(loading=True)
+        elif (now := passes()) > before:
+            before = now
+            pipe.send(passes=now)
 
 
 def _run(pipe: Pipe, model: LanguageModel, batch_size: int) -> None:
     feed: Feed = model.feed() if hasattr(model, "feed") else BatchFeed(model, batch_size)
-    info, said = model.info, 0.0
+    info = model.info
     while True:
         while not (len(feed) and pipe.inbox.empty()):
             _take(pipe.inbox.get(), feed)
-        ended = feed.step()
-        now = time.monotonic()
-        if ended or now - said > _PULSE:
-            tokens = sum(each.completion_tokens for _, each in ended if isinstance(each, Completion))
-            pipe.send(ended=[[key, write_result(result)] for key, result in ended], tokens=tokens)
-            said = now
+        for part in parts(feed.step()):
+            tokens = sum(each.completion_tokens for _, each in part if isinstance(each, Completion))
+            pipe.send(ended=[[key, write_result(result)] for key, result in part], tokens=tokens)
         if model.info is not info:
             info = model.info
             pipe.send(info=info.model_dump(mode="json"))
+
+
+def parts(ended: Sequence[tuple[int, Result]]) -> Iterator[list[tuple[int, Result]]]:
+    """Split the results of a step, so that none of the lines is longer than its host reads.
+
+    Args:
+        ended: Any number of results with their keys, each of at most `protocol.MOST_TOKENS` scores or tokens.
+
+    Yields:
+        The same in their order: some that have less than `_PART` scores and tokens together, and one more.
+    """
+    part: list[tuple[int, Result]] = []
+    size = 0
+    for key, result in ended:
+        part.append((key, result))
+        size += len(result) if isinstance(result, list) else getattr(result, "completion_tokens", 1)
+        if size >= _PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _take(message: dict[str, Any], feed: Feed) -> None:

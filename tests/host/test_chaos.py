@@ -39,6 +39,7 @@ ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
 OTHERS = r"has become another|have become others"
 KILLER = 99
 HANGER = 98
+LOOPER = 97
 WORKER = ("sleep", "1234")
 _DEADLY = f"""
 import os, sys, time
@@ -51,6 +52,9 @@ if "{ENGINE}" in sys.orig_argv:
                 os.abort()
             if {HANGER} in row.prompt_ids:
                 time.sleep(1000)
+            if {LOOPER} in row.prompt_ids:
+                time.sleep(0.01)
+                return []
         return plain(self)
     feeding.NativeFeed.step = step
     if os.environ.get("TESTS_LINGER"):
@@ -60,8 +64,8 @@ if "{ENGINE}" in sys.orig_argv:
         import subprocess
         subprocess.Popen(["{WORKER[0]}", "{WORKER[1]}"])
 """
-"""Makes engines die or hang of rows with one of two tokens, linger at their end, or begin a process of their own: no part
-of the project, only of these tests' processes."""
+"""Makes engines die, hang or turn round of rows with one of three tokens, linger at their end, or begin a process of
+their own: no part of the project, only of these tests' processes."""
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +271,24 @@ def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec
         assert time.monotonic() - began < 12.0
         assert len(call.result(timeout=120.0)) == 4
         assert len(engines(deadly)) == 1
+
+
+@pytest.mark.end_to_end
+def test_an_engine_that_turns_round_is_replaced_and_one_that_is_slow_is_not(spec: ModelSpec, deadly: Path) -> None:
+    with at_host(spec, "auto") as model:
+        before = host_of(deadly)
+        assert before is not None
+        began = time.monotonic()
+        slow = GenerateRow((1,) * 12_000, Sampling(max_new_tokens=600))
+        ((_, found),) = model.generate([slow])
+        assert time.monotonic() - began > 4.0  # the limit is 3 s
+        assert not isinstance(found, RowError)
+        after = host_of(deadly)
+        assert after is not None
+        assert (after.engine_pid, after.restarts) == (before.engine_pid, 0)
+        ((_, found),) = model.generate([GenerateRow((LOOPER, 1), Sampling(max_new_tokens=5))])
+        assert isinstance(found, RowError)
+        assert found.code == "engine_failed"
 
 
 @pytest.mark.end_to_end
