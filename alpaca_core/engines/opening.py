@@ -36,3 +36,29 @@ def open_model(spec: ModelSpec) -> Iterator[LanguageModel]:
     del loaded
     with closing(model):
         yield model
+
+
+def check_adapters(spec: ModelSpec) -> None:
+    """See whether a spec's adapters go on its base, as its engine would: on a network that takes no memory.
+
+    Args:
+        spec: The recipe, with one adapter at least.
+
+    Raises:
+        LoadError: What `open_model` would raise of them.
+    """
+    import torch
+
+    from alpaca_core.engines.lora import attach
+    from alpaca_core.engines.weights import device_of, dtype_of, find, open_network
+
+    dtype = dtype_of(spec, device_of(spec))
+    base, adapters = find(spec)
+    plain = spec.model_copy(update={"quantization": "none", "device_map": None})
+    network = open_network(plain, base, torch.device("meta"), dtype)
+    if spec.engine == "vllm":
+        from alpaca_core.engines import vllm
+
+        vllm.check_adapters(network, adapters, dtype)
+    else:
+        attach(network, adapters, dtype)

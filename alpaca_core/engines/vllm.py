@@ -93,7 +93,7 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base, torch.device("cpu")))
     check_finite(stored, base, dtype)
     # vLLM leaves out tensors that are missing, in silence: transformers reports them, on a network without memory
-    _check_adapters(open_network(spec, base, torch.device("meta"), dtype), adapters, dtype)
+    check_adapters(open_network(spec, base, torch.device("meta"), dtype), adapters, dtype)
     if spec.tensor_parallel_size > 1:  # CUDA, which the checks above use, and threads do not survive a fork
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     settings: dict[str, Any] = {"gpu_memory_utilization": spec.memory_share}
@@ -250,10 +250,11 @@ def _cpu_cache(spec: ModelSpec, config: Any, dtype: torch.dtype, context: int, w
     return min(left, max(row, min(spec.batch_size * row, _CPU_CACHE)))
 
 
-def _check_adapters(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
+def check_adapters(network: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype) -> None:
     """Put the adapters on a network without memory: all their tensors must have their place there."""
     if not adapters:
         return
+    _platform()
     from vllm.lora.peft_helper import PEFTHelper
 
     model = attach(network, adapters, dtype)

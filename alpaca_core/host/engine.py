@@ -2,8 +2,8 @@
 
     python -m alpaca_core.host.engine DESCRIPTOR
 
-The descriptor is a socket that was inherited. The first line holds the spec. Whatever is raised ends the process:
-the host starts another.
+The descriptor is a socket that was inherited. The first line holds the spec: to load it, or only to check its
+adapters. Whatever is raised ends the process: the host starts another.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from alpaca_core.engines.feeding import BatchFeed
-from alpaca_core.engines.opening import open_model
+from alpaca_core.engines.opening import check_adapters, open_model
 from alpaca_core.engines.recovering import passes
 from alpaca_core.errors import AlpacaError
 from alpaca_core.host.protocol import GenerateJson, Result, write_error, write_result
@@ -70,18 +70,23 @@ class Pipe:
 
 
 def main() -> None:
-    """Load the model that the first line asks for, and run rows."""
+    """Load the model that the first line asks for, and run rows; or say whether its adapters go on its base."""
     faulthandler.enable()
     pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
-    spec = ModelSpec.model_validate(pipe.inbox.get()["load"])
+    ((task, told),) = pipe.inbox.get().items()
+    spec = ModelSpec.model_validate(told)
     loaded = Event()
     Thread(target=_say_alive, args=(pipe, loaded), daemon=True).start()
     try:
+        if task == "check":
+            check_adapters(spec)
+            pipe.send(checked=True)
+            return
         with open_model(spec) as model:
             loaded.set()
             tokenizer = model.tokenizer
-            told = {"definition": tokenizer.definition, "eos_ids": tokenizer.eos_ids, "named": tokenizer.named}
-            pipe.send(ready=model.info.model_dump(mode="json"), tokenizer=told)
+            parts_of = {"definition": tokenizer.definition, "eos_ids": tokenizer.eos_ids, "named": tokenizer.named}
+            pipe.send(ready=model.info.model_dump(mode="json"), tokenizer=parts_of)
             _run(pipe, model, spec.batch_size)
     except AlpacaError as error:
         pipe.send(failed=write_error(error))

@@ -1,9 +1,10 @@
 """A model that is kept warm: its engine, loaded again when it dies or has to have another adapter."""
 
 import asyncio
+import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import IO, Any
@@ -21,7 +22,7 @@ from alpaca_core.errors import (
     LoadError,
     NotEnoughMemory,
 )
-from alpaca_core.host.beside import by_digest, still_there
+from alpaca_core.host.beside import Beside, by_digest, check_known, still_there
 from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
@@ -31,11 +32,12 @@ from alpaca_core.identity import as_asked, identity
 from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
 from alpaca_core.spec import ModelSpec, NamedAdapter, digest_of
 
+_LOG = logging.getLogger(__name__)
 _GIB = 2**30
 _LOADS = 5
 """Loads in a row that may fail after one that did not: whatever is in the way may go."""
 _FIRST_LOADS = 3
-"""Before one did not: times that the engine may die as it loads. What it says itself is final."""
+"""Before one did not, or with new adapters: times that an engine may die as it loads. What it says itself is final."""
 _IN_VAIN = 64
 """Engines that may die, one after the other, without a result in between: then it is not the rows."""
 _DRAIN = 30.0
@@ -73,8 +75,10 @@ class WarmModel:
         self._log, self._inherited, self._make_room = log, inherited, make_room
         self._started = time.monotonic()
         self._merged = [found.info.digest for found in find_adapters(spec)] if spec.merge_adapter else []
-        self._adapters = by_digest(spec, find_adapters(spec))
+        self._beside = Beside(spec, settings.idle)
         self._base = find_base_apart(spec)
+        # of the same commit at each load: a hub may get a newer one
+        self._pinned = spec.model_copy(update={"revision": self._base.revision or spec.revision})
         self.key = key_of(spec, self._base)
         told = [self._base.digest, self._merged, spec.quantization, spec.dtype, spec.engine]
         self.identity = digest_of(told)[:16]
@@ -85,7 +89,6 @@ class WarmModel:
         self._engine: Engine | None = None
         self._ready = asyncio.Event()
         self._changing = asyncio.Lock()
-        self._refused: dict[str, LoadError] = {}
         self._task: asyncio.Task[None] | None = None
         self._was_loaded = False
         self.restarts = 0
@@ -109,7 +112,7 @@ class WarmModel:
         """
         self.scheduler.used = time.monotonic()
         if self.settings.fixed:
-            self._check_known(spec)
+            check_known(spec, self._spec)
             where = {"device": self._spec.device, "device_map": self._spec.device_map}  # which is not the client's
             spec = spec.model_copy(update=where)
         base, adapters = await asyncio.to_thread(lambda: (find_base_apart(spec), find_adapters(spec)))
@@ -122,8 +125,9 @@ class WarmModel:
         names = {DEFAULT_ADAPTER: DEFAULT_ADAPTER}  # part of the base
         if not spec.merge_adapter:
             wanted = by_digest(spec, adapters)
+            self._beside.name(adapter.name for adapter in wanted.values())
             await self._have(wanted)
-            if not wanted.keys() <= self._adapters.keys():
+            if not wanted.keys() <= self._beside.here.keys():
                 raise HostUnavailable("an adapter became another while it was loaded. Load the model again.")
             names = {found.info.name: wanted[found.info.digest].name for found in adapters}
         loaded = await self._when_ready()
@@ -156,12 +160,13 @@ class WarmModel:
         """
         if self.error is not None:
             raise self.error
-        known = {None, DEFAULT_ADAPTER, *(adapter.name for adapter in self._adapters.values())}
-        if identity not in ("", self.identity) or not {row["adapter"] for row in rows} <= known:
+        named = {row["adapter"] for row in rows}
+        if identity not in ("", self.identity) or not named <= {None, DEFAULT_ADAPTER, *self._beside.names}:
             raise HostUnavailable(
                 "rows are for one model and adapters of it, as a reply to /v1/model calls them, but this host, which "
                 "may have begun since, has others. Ask it again."
             )
+        self._beside.name(named)
         return self.scheduler.submit(client, kind, rows)
 
     def idle(self) -> float:
@@ -202,33 +207,19 @@ class WarmModel:
             return "leaving"
         return "failed" if self.error else "ready" if self._ready.is_set() else "loading"
 
-    def _check_known(self, spec: ModelSpec) -> None:
-        """Refuse what a host of the network was not started with, before any of it is looked for or fetched.
-
-        Raises:
-            InvalidRequest: With what it was started with.
-        """
-        asked, mine = _sources(spec), _sources(self._spec)
-        if asked[0] != mine[0] or not set(asked) <= set(mine):
-            told = ", ".join(repr(source) for source, _ in mine)
-            strange = ", ".join(f"{source!r:.100}" for source, _ in asked if (source, _) not in mine) or repr(asked[0])
-            raise InvalidRequest(
-                f"this host serves what it was started with ({told}), under those names and revisions, but the spec "
-                f"means {strange}. Ask for the former."
-            )
-
     async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
-        """Load the engine again with adapters that it has not."""
+        """Load the engine again with adapters that it has not.
+
+        The engine goes on until a process of its own has found that they go on the base. What can fail then is memory.
+        """
         async with self._changing:
-            for digest in wanted:
-                if digest in self._refused:
-                    raise self._refused[digest]
-            missing = {digest: adapter for digest, adapter in wanted.items() if digest not in self._adapters}
-            if not missing:
+            if wanted.keys() <= self._beside.here.keys():
                 return
+            missing = self._beside.missing(wanted, self.scheduler.adapters)
             names = ", ".join(repr(adapter.source) for adapter in missing.values())
             if self.settings.fixed:  # known by name, but with other bytes than when it was started
                 raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
+            await self._check(missing)
             await self._when_ready()
             self.scheduler.pause()
             ends = time.monotonic() + _DRAIN
@@ -237,18 +228,35 @@ class WarmModel:
             await self._halt()
             self._ready.clear()
             self.scheduler.died(0.0)
-            before, self._adapters = self._adapters, {**self._adapters, **missing}
+            before = self._beside.here
+            self._beside.add(missing)
             try:
-                await self._load_again(_FIRST_LOADS)
+                await self._load_again(_FIRST_LOADS, HostError)
             except AlpacaError as error:  # it is for those alone who asked for these adapters
-                self._adapters = before
-                if isinstance(error, InvalidAdapter) or type(error) is LoadError:  # it would be so again
-                    self._refused.update(dict.fromkeys(missing, error))
                 if not isinstance(error, LoadError):
                     error = LoadError(f"an engine has to live through its load, but with {names}: {error}")
+                self._beside.refuse(missing, error)
+                self._beside.here = before
                 raise error from None
             finally:
                 self._task = asyncio.create_task(self._keep())
+
+    async def _check(self, adapters: Mapping[str, NamedAdapter]) -> None:
+        """See whether adapters go on the base, beside the engine, which goes on.
+
+        Raises:
+            InvalidAdapter: If they do not.
+        """
+        trial = Engine(self._with(adapters), self._heard, self._log)
+        try:
+            await trial.check_adapters(self.settings.hang)
+        except InvalidAdapter as error:
+            self._beside.refuse(adapters, error)
+            raise
+        except (AlpacaError, OSError) as error:  # then a load will tell
+            _LOG.warning("adapters are loaded unchecked: %s", error)
+        finally:
+            await trial.stop()
 
     async def _halt(self) -> None:
         """End the engine, and whoever listens to it."""
@@ -262,8 +270,9 @@ class WarmModel:
         """Load an engine where there is none, listen to it, and load another when it dies."""
         while not self.leaving:
             if not self._ready.is_set():
+                times, passing = (_LOADS, AlpacaError) if self._was_loaded else (_FIRST_LOADS, HostError)
                 try:
-                    await self._load_again(_LOADS if self._was_loaded else _FIRST_LOADS)
+                    await self._load_again(times, passing)
                 except AlpacaError as error:
                     self._fail(error)
                     return
@@ -278,12 +287,17 @@ class WarmModel:
                 return
 
     def _fail(self, error: AlpacaError) -> None:
+        """Be of no use any more: the state is failed for good, and whoever asks gets the error."""
         self.error = error
         self._ready.set()
         self.scheduler.fail(error)
 
-    async def _load_again(self, times: int) -> None:
-        """Load, so many times where it may help: an engine that died, or a model that has been loaded before.
+    async def _load_again(self, times: int, passing: type[AlpacaError]) -> None:
+        """Load, so many times where it may help.
+
+        Args:
+            times: At most.
+            passing: The kind of error that another attempt may not find.
 
         Raises:
             LoadError: If the model cannot be loaded, or its files have become another model's.
@@ -297,19 +311,16 @@ class WarmModel:
                 raise
             except (AlpacaError, OSError) as found:
                 error = found if isinstance(found, AlpacaError) else _no_process(found)
-                if failures == times or self.leaving or not (self._was_loaded or isinstance(error, HostError)):
+                if failures == times or self.leaving or not isinstance(error, passing):
                     raise error from None
             await asyncio.sleep(failures)
 
     async def _load(self) -> None:
-        spec = self._spec
-        if self._base.revision:  # the hub may have a newer one by now
-            spec = spec.model_copy(update={"revision": self._base.revision})
+        spec = self._pinned
         if not spec.merge_adapter:
             # rows of one that is not there any more get an error, and nobody else notices
-            self._adapters = await asyncio.to_thread(still_there, self._adapters)
-            named = {"adapter": None, "adapter_revision": None, "adapters": tuple(self._adapters.values())}
-            spec = spec.model_copy(update=named)
+            self._beside.tidy(await asyncio.to_thread(still_there, self._beside.here), self.scheduler.adapters)
+            spec = self._with(self._beside.here)
         while True:
             if self.leaving:
                 raise HostUnavailable("the host is being stopped. Run it again.")
@@ -323,7 +334,7 @@ class WarmModel:
                 break
         if not self._is_ours(loaded.info):
             await self._engine.stop()
-            if {adapter.digest for adapter in loaded.info.adapters} != set(self._adapters or self._merged):
+            if {adapter.digest for adapter in loaded.info.adapters} != set(self._beside.here or self._merged):
                 raise HostUnavailable("adapters became others while they were loaded. Load the model again.")
             raise DigestMismatch(
                 f"a host keeps one model, but files of {spec.base_model!r} or its adapters have become others since it "
@@ -333,12 +344,16 @@ class WarmModel:
         self._ready.set()
         self.scheduler.begin(self._spec.batch_size)
 
+    def _with(self, adapters: Mapping[str, NamedAdapter]) -> ModelSpec:
+        told = {"adapter": None, "adapter_revision": None, "adapters": tuple(adapters.values())}
+        return self._pinned.model_copy(update=told)
+
     def _is_ours(self, info: ModelInfo) -> bool:
         """Whether an engine has loaded the bytes that this host's key stands for, and adapters that are their names."""
         if self._spec.merge_adapter:
             same = [adapter.digest for adapter in info.adapters] == self._merged
         else:
-            same = {adapter.digest for adapter in info.adapters} == set(self._adapters)
+            same = {adapter.digest for adapter in info.adapters} == set(self._beside.here)
         told = identity(
             self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter, info.engine
         )
@@ -362,13 +377,6 @@ class WarmModel:
             self.scheduler.heard(message["ended"], message["tokens"])
         elif "info" in message and self.loaded is not None:
             self.loaded = replace(self.loaded, info=ModelInfo.model_validate(message["info"]))
-
-
-def _sources(spec: ModelSpec) -> list[tuple[str, str | None]]:
-    """What a spec names, each with its revision, the base first."""
-    own = [(spec.adapter, spec.adapter_revision)] if spec.adapter else []
-    named = [(adapter.source, adapter.revision) for adapter in spec.adapters]
-    return [(spec.base_model, spec.revision), *own, *named]
 
 
 def _no_process(error: OSError) -> HostUnavailable:

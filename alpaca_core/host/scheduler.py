@@ -122,6 +122,12 @@ class Scheduler:
         tickets = [row.ticket.client for row in (*self._running.values(), *self._again)]
         return len({*tickets, *(client for line in self._lines.values() for client in line.clients)})
 
+    @property
+    def adapters(self) -> set[str | None]:
+        """What rows name that wait or run."""
+        waiting = (row for line in self._lines.values() for rows in line.clients.values() for row in rows)
+        return {row.row["adapter"] for row in (*self._running.values(), *self._again, *waiting)}
+
     def speed(self) -> tuple[float, float]:
         """Rows and tokens a second, of the last ten seconds."""
         self._forget()

@@ -79,6 +79,19 @@ class Engine:
             LoadError: What the load raised there, or that the process ended by itself.
             HostUnavailable: If the process was killed while it loaded.
         """
+        message = await self._begin("load", hang)
+        return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
+
+    async def check_adapters(self, hang: float) -> None:
+        """Start it to see whether the spec's adapters go on its base: without the weights, and not on the device.
+
+        Raises:
+            LoadError, HostUnavailable: As `start`.
+        """
+        await self._begin("check", hang)
+
+    async def _begin(self, task: str, hang: float) -> dict[str, Any]:
+        """Start the process with its first message; return its answer."""
         ours, its = socket.socketpair()
         with its:
             self._process = await asyncio.create_subprocess_exec(
@@ -91,7 +104,7 @@ class Engine:
                 start_new_session=True,  # a terminal's Ctrl-C is for the host, which lets rows end
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_LINE)
-        self.send({"load": self._spec.model_dump(mode="json")})
+        self.send({task: self._spec.model_dump(mode="json")})
         self._last = time.monotonic()
         watch = asyncio.create_task(self._watch(max(hang, _LOADING), lambda: True))
         try:
@@ -101,16 +114,16 @@ class Engine:
                     self._last = time.monotonic()
         finally:
             watch.cancel()
-        if message is None or "failed" in message:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _END)
-            await self.stop()
-            if message is not None:
-                raise read_error(message["failed"])
-            code = await self._process.wait()
-            kind = HostUnavailable if code < 0 else LoadError
-            raise kind(f"an engine's process {_ended(code)} while it loaded the model. Read the host's log.")
-        return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
+        if message is not None and "failed" not in message:
+            return message
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _END)
+        await self.stop()
+        if message is not None:
+            raise read_error(message["failed"])
+        code = await self._process.wait()
+        kind = HostUnavailable if code < 0 else LoadError
+        raise kind(f"an engine's process {_ended(code)} while it loaded the model. Read the host's log.")
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; it goes nowhere if the process is dead."""

@@ -172,6 +172,47 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     return found
 
 
+ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
+KILLER = 99
+HANGER = 98
+LOOPER = 97
+WORKER = ("sleep", "1234")
+_DEADLY = f"""
+import os, sys, time
+if "{ENGINE}" in sys.orig_argv:
+    from alpaca_core.engines import feeding
+    plain = feeding.NativeFeed.step
+    def step(self):
+        for row, _ in self._generating.values():
+            if {KILLER} in row.prompt_ids:
+                os.abort()
+            if {HANGER} in row.prompt_ids:
+                time.sleep(1000)
+            if {LOOPER} in row.prompt_ids:
+                time.sleep(0.01)
+                return []
+        return plain(self)
+    feeding.NativeFeed.step = step
+    if os.environ.get("TESTS_LINGER"):
+        import threading
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+    if os.environ.get("TESTS_WORKER"):
+        import subprocess
+        subprocess.Popen(["{WORKER[0]}", "{WORKER[1]}"])
+    if loads := os.environ.get("TESTS_SHORT"):
+        from alpaca_core.engines import weights
+        plain_attach = weights.attach
+        def attach(network, adapters, dtype):
+            with open(loads, "a") as log:
+                print(len(adapters), file=log)
+            if len(adapters) > 1:
+                raise MemoryError
+            return plain_attach(network, adapters, dtype)
+        weights.attach = attach
+"""
+"""Makes engines die, hang or turn round of rows with one of three tokens, linger at their end, begin a process of their
+own, or note their loads and have no memory for two adapters: no part of the project, only of these tests' processes."""
+
 ADAPTERS = ("default", "pirate", "poet", "clerk")
 
 
@@ -244,6 +285,11 @@ def processes(folder: Path, of: str = "alpaca_core.host") -> list[psutil.Process
     return found
 
 
+def engines(folder: Path) -> list[psutil.Process]:
+    """The engines among them."""
+    return processes(folder, ENGINE)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the session's own."""
@@ -255,6 +301,15 @@ def folder(cache: Path) -> Iterator[Path]:
     """A runtime folder for real hosts of one test."""
     with own_folder(cache) as made:
         yield made
+
+
+@pytest.fixture
+def deadly(cache: Path, tmp_path: Path) -> Iterator[Path]:
+    """A runtime folder whose engines can be killed by a row, and are given up soon when they hang."""
+    (tmp_path / "sitecustomize.py").write_text(_DEADLY)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with own_folder(cache, PYTHONPATH=path, ALPACA_HOST_HANG="3") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Processes that die, hang, meet or run out of room: every call ends, with the results of a quiet run."""
 
-import asyncio
 import os
 import random
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,51 +20,33 @@ import psutil
 import pytest
 
 from alpaca_core.adapters import find_adapters
-from alpaca_core.errors import DigestMismatch, HostUnavailable, InvalidCheckpoint
+from alpaca_core.errors import DigestMismatch, HostUnavailable
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection, stop
 from alpaca_core.host.place import find_base_apart, key_of
-from alpaca_core.host.supervisor import Engine
 from alpaca_core.model import GenerateRow, RowError
 from alpaca_core.spec import ModelSpec, Sampling
-from tests.host.conftest import ADAPTERS, host_of, in_process, own_folder, processes, spec_of, until
+from tests.host.conftest import (
+    ADAPTERS,
+    ENGINE,
+    HANGER,
+    KILLER,
+    SERVER,
+    engines,
+    host_of,
+    in_process,
+    own_folder,
+    processes,
+    spec_of,
+    until,
+)
 from tests.host.test_processes import work
 
 KILLS = int(os.environ.get("ALPACA_SOAK_KILLS", "5"))
 SEEDS = 6
 LONG = Sampling(max_new_tokens=400)
-ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
 
 OTHERS = r"has become another|have become others"
-KILLER = 99
-HANGER = 98
-LOOPER = 97
-WORKER = ("sleep", "1234")
-_DEADLY = f"""
-import os, sys, time
-if "{ENGINE}" in sys.orig_argv:
-    from alpaca_core.engines import feeding
-    plain = feeding.NativeFeed.step
-    def step(self):
-        for row, _ in self._generating.values():
-            if {KILLER} in row.prompt_ids:
-                os.abort()
-            if {HANGER} in row.prompt_ids:
-                time.sleep(1000)
-            if {LOOPER} in row.prompt_ids:
-                time.sleep(0.01)
-                return []
-        return plain(self)
-    feeding.NativeFeed.step = step
-    if os.environ.get("TESTS_LINGER"):
-        import threading
-        threading.Thread(target=time.sleep, args=(1000,)).start()
-    if os.environ.get("TESTS_WORKER"):
-        import subprocess
-        subprocess.Popen(["{WORKER[0]}", "{WORKER[1]}"])
-"""
-"""Makes engines die, hang or turn round of rows with one of three tokens, linger at their end, or begin a process of
-their own: no part of the project, only of these tests' processes."""
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +58,6 @@ def spec(base: Path) -> ModelSpec:
 def expected(spec: ModelSpec, cache: Path) -> dict[int, Any]:
     with own_folder(cache), in_process(spec) as model:
         return {seed: work(model, seed, (*ADAPTERS, None)) for seed in range(SEEDS)}
-
-
-def engines(folder: Path) -> list[psutil.Process]:
-    return processes(folder, ENGINE)
 
 
 def long_rows(count: int, tokens: int = 400) -> list[GenerateRow]:
@@ -236,15 +213,6 @@ def test_no_engine_outlives_a_host_that_is_killed_while_they_speak(
         call.result(10.0)
 
 
-@pytest.fixture
-def deadly(cache: Path, tmp_path: Path) -> Iterator[Path]:
-    """A runtime folder whose engines can be killed by a row, and are given up soon when they hang."""
-    (tmp_path / "sitecustomize.py").write_text(_DEADLY)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with own_folder(cache, PYTHONPATH=path, ALPACA_HOST_HANG="3") as folder:
-        yield folder
-
-
 @pytest.mark.end_to_end
 def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec, deadly: Path) -> None:
     good = long_rows(12, 30)
@@ -271,67 +239,6 @@ def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec
         assert time.monotonic() - began < 12.0
         assert len(call.result(timeout=120.0)) == 4
         assert len(engines(deadly)) == 1
-
-
-@pytest.mark.end_to_end
-def test_an_engine_that_turns_round_is_replaced_and_one_that_is_slow_is_not(spec: ModelSpec, deadly: Path) -> None:
-    with at_host(spec, "auto") as model:
-        before = host_of(deadly)
-        assert before is not None
-        began = time.monotonic()
-        slow = GenerateRow((1,) * 12_000, Sampling(max_new_tokens=600))
-        ((_, found),) = model.generate([slow])
-        assert time.monotonic() - began > 4.0  # the limit is 3 s
-        assert not isinstance(found, RowError)
-        after = host_of(deadly)
-        assert after is not None
-        assert (after.engine_pid, after.restarts) == (before.engine_pid, 0)
-        ((_, found),) = model.generate([GenerateRow((LOOPER, 1), Sampling(max_new_tokens=5))])
-        assert isinstance(found, RowError)
-        assert found.code == "engine_failed"
-
-
-@pytest.mark.end_to_end
-def test_processes_that_an_engine_has_begun_end_with_it(spec: ModelSpec, deadly: Path) -> None:
-    row = GenerateRow((1,), Sampling(max_new_tokens=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TESTS_WORKER", "1")
-        with at_host(spec, "auto") as model:
-            (first,) = processes(deadly, WORKER[1])
-            engines(deadly)[0].kill()
-            until(lambda: not _lives(first), 5.0)
-            assert len(list(model.generate([row]))) == 1
-            (second,) = processes(deadly, WORKER[1])
-            processes(deadly, SERVER)[0].kill()
-            until(lambda: not _lives(second), 5.0)
-            assert len(list(model.generate([row]))) == 1
-            (third,) = processes(deadly, WORKER[1])
-        (path,) = deadly.glob("*.sock")
-        assert stop(path)
-        until(lambda: not _lives(third), 5.0)
-
-
-def _lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.end_to_end
-def test_an_engine_that_cannot_load_and_does_not_end_is_ended(base: Path, deadly: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "base"
-    shutil.copytree(base, broken)
-    with (broken / "model.safetensors").open("r+b") as weights:
-        weights.truncate(1000)
-
-    async def load() -> None:
-        engine = Engine(spec_of(broken), lambda _: None)
-        with pytest.raises(InvalidCheckpoint):
-            await engine.start(3.0)
-        assert engine.pid is not None
-        assert not psutil.pid_exists(engine.pid)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TESTS_LINGER", "1")
-        asyncio.run(asyncio.wait_for(load(), 60.0))
 
 
 @pytest.mark.end_to_end

@@ -116,6 +116,8 @@ def test_an_adapter_that_is_new_is_loaded_beside_the_others_and_a_bad_one_distur
     threads = [threading.Thread(target=others) for _ in range(2)]
     for thread in threads:
         thread.start()
+    before = host_of(shared)
+    assert before is not None
     spoilt = spec_of(base).model_copy(update={"adapter": str(bad)})
     for _ in range(2):
         with pytest.raises(InvalidAdapter), at_host(spoilt, "auto"):
@@ -125,6 +127,9 @@ def test_an_adapter_that_is_new_is_loaded_beside_the_others_and_a_bad_one_distur
         thread.join()
     assert len(ended) >= 2
     assert all(each == expected for each in ended)
+    after = host_of(shared)
+    assert after is not None
+    assert after.engine_pid == before.engine_pid
     assert work(hosted, 1, ADAPTERS) == work(alone, 1, ADAPTERS)
     assert host_of(shared).state == "ready"  # type: ignore[union-attr]
 
