@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
 from alpaca_core.host.settings import Settings as Settings
-from alpaca_core.host.supervisor import Engine, Loaded
+from alpaca_core.host.supervisor import Engine, Loaded, memory_kills
 from alpaca_core.identity import as_asked, identity
 from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
 from alpaca_core.spec import ModelSpec, NamedAdapter, digest_of
@@ -277,11 +278,13 @@ class WarmModel:
                     self._fail(error)
                     return
             assert self._engine is not None
+            before = memory_kills()
             code = await self._engine.listen(self.settings.hang, lambda: self.scheduler.running > 0)
             self.restarts += 1
             self._ready.clear()
-            # SIGKILL and SIGTERM come from outside: from a person, or from a system that is short of memory
-            self.scheduler.died(0.25 if code in (-9, -15) else 1.0)
+            # SIGTERM and SIGKILL come from a person, unless the system says that it was short of memory
+            outside = code == -signal.SIGTERM or (code == -signal.SIGKILL and memory_kills() == before)
+            self.scheduler.died(0.25 if outside else 1.0)
             if self.scheduler.in_vain >= _IN_VAIN:
                 self._fail(LoadError(f"an engine gives results, but {_IN_VAIN} died without one. Read the host's log."))
                 return

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from alpaca_core.errors import HostUnavailable, LoadError
@@ -33,6 +34,23 @@ class Loaded:
 
     info: ModelInfo
     tokenizer: TokenizerReply
+
+
+def memory_kills(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the processes of this one's control group that the kernel has killed because memory was short.
+
+    Args:
+        groups: Names the group of version 2 in a line ``0::PATH``.
+        root: Where groups are mounted.
+
+    Returns:
+        ``oom_kill`` of the group's ``memory.events``; 0 where there is none.
+    """
+    with suppress(OSError, LookupError, ValueError):
+        path = next(line[3:] for line in [*groups.read_text().splitlines(), "0::/"] if line.startswith("0::"))
+        told = (root / path.lstrip("/") / "memory.events").read_text().split()
+        return int(told[told.index("oom_kill") + 1])
+    return 0
 
 
 def plain_environment() -> dict[str, str]:

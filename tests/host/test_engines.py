@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import stop
 from alpaca_core.host.scheduler import Ticket
 from alpaca_core.host.settings import Settings
-from alpaca_core.host.supervisor import Engine
+from alpaca_core.host.supervisor import Engine, memory_kills
 from alpaca_core.model import Completion, GenerateRow, RowError
 from alpaca_core.spec import ModelSpec, Sampling
 from tests.host.conftest import (
@@ -184,6 +185,43 @@ def test_the_results_of_a_step_may_be_longer_than_a_line(
             found = await results(warm.submit("a", "loglikelihood", [row] * 8), 8)
             assert [len(result["scores"]) for _, result in found] == [len(tokens)] * 8
             assert warm.restarts == 0
+
+    asyncio.run(drive())
+
+
+def test_kills_for_want_of_memory_are_read_where_they_are_told(tmp_path: Path) -> None:
+    groups = tmp_path / "cgroup"
+    assert memory_kills(groups, tmp_path) == 0
+    groups.write_text("4:memory:/old\n0::/system.slice/alpaca.service\n")
+    assert memory_kills(groups, tmp_path) == 0
+    mine = tmp_path / "system.slice" / "alpaca.service"
+    mine.mkdir(parents=True)
+    (mine / "memory.events").write_text("low 0\nhigh 3\nmax 12\noom 2\noom_kill 7\noom_group_kill 0\n")
+    assert memory_kills(groups, tmp_path) == 7
+    assert memory_kills() >= 0
+
+
+@pytest.mark.end_to_end
+def test_a_kill_for_want_of_memory_counts_as_a_death_of_its_own(
+    base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = tmp_path / "memory.events"
+    (tmp_path / "cgroup").write_text("0::/\n")
+    events.write_text("oom 0\noom_kill 0\n")
+    monkeypatch.setattr("alpaca_core.host.keeping.memory_kills", partial(memory_kills, tmp_path / "cgroup", tmp_path))
+
+    async def drive() -> None:
+        async with started(spec_of(base), Settings()) as warm:
+            warm.submit("a", "generate", [row_of(None, 20_000)] * 3)
+            weights = []
+            for kills in (1, 1, 2):
+                await wait_for(lambda: warm.scheduler.running == 3)
+                events.write_text(f"oom {kills}\noom_kill {kills}\n")
+                before = warm.restarts
+                os.kill(warm.status().engine_pid or 0, signal.SIGKILL)
+                await wait_for(lambda before=before: warm.restarts > before)
+                weights.append({row.deaths for row in warm.scheduler._again})
+            assert weights == [{1.0}, {1.25}, {2.25}]
 
     asyncio.run(drive())
 
