@@ -291,6 +291,7 @@ class WarmModel:
 
     def _fail(self, error: AlpacaError) -> None:
         """Be of no use any more: the state is failed for good, and whoever asks gets the error."""
+        _LOG.error("the model is given up: %s", error)
         self.error = error
         self._ready.set()
         self.scheduler.fail(error)

@@ -62,6 +62,7 @@ def run_tcp(spec: ModelSpec, address: str, port: int, token: str | None) -> None
 
     Raises:
         HostUnavailable: If the address cannot be taken.
+        AlpacaError: If the model cannot be loaded, or not again: whoever keeps the process alive is to start another.
     """
     try:
         listening = socket.create_server(
@@ -112,6 +113,8 @@ async def _serve(
     finally:
         watch.cancel()
         await warm.stop()  # where it was left at once, nobody has done so
+    if settings.idle is None and warm.error is not None:
+        raise warm.error
 
 
 def _prepare() -> None:
@@ -125,11 +128,13 @@ def _prepare() -> None:
 
 
 async def _leave_when_idle(warm: WarmModel, idle: float | None, server: uvicorn.Server) -> None:
-    while idle is not None and not server.should_exit:
-        await asyncio.sleep(min(5.0, idle / 4))
-        # one that could not be loaded stays only for those who asked for it to learn why
-        if warm.idle() > (idle if warm.error is None else min(idle, 10.0)):
-            server.should_exit = True
+    while not server.should_exit:
+        await asyncio.sleep(1.0 if idle is None else min(5.0, idle / 4))
+        if idle is None:
+            over = warm.error is not None  # whoever started it, starts another
+        else:  # one that could not be loaded stays only for those who asked for it to learn why
+            over = warm.idle() > (idle if warm.error is None else min(idle, 10.0))
+        server.should_exit |= over
 
 
 def _lock(path: Path) -> int:

@@ -246,3 +246,32 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/health").json()["state"] == "ready"  # type: ignore[no-any-return]
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_command_that_serves_ends_with_an_error_where_its_model_fails_for_good(
+    at_first: bool, checkpoint: Callable[..., Path], tmp_path: Path, shared: Path
+) -> None:
+    base = checkpoint(0, tmp_path / "base")
+    if at_first:
+        (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    options = ["--model", str(base), "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "prefect_alpaca.flows.cli", "serve", *options]
+    host = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        if not at_first:
+            until(lambda: _is_ready(f"http://127.0.0.1:{port}"))
+            checkpoint(1, base)  # so that the next load finds another model
+            (engine,) = psutil.Process(host.pid).children()
+            engine.kill()
+        told = host.communicate(timeout=60.0)[1]
+    finally:
+        host.kill()
+        host.wait()
+    assert host.returncode == 2
+    assert "given up" in told
+    assert told.strip().splitlines()[-1].startswith("alpaca: ")
+    assert ("cannot be" if at_first else "have become others") in told
