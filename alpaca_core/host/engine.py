@@ -63,6 +63,7 @@ class Pipe:
                         self.inbox.put(json.loads(line))
         except Exception:
             traceback.print_exc()
+            os._exit(1)
         finally:
             if os.getpgrp() == os.getpid():
                 os.killpg(0, signal.SIGKILL)  # and what it has begun with it
