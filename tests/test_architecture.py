@@ -74,6 +74,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.reading",
     "alpaca_core.engines.searching",
     "alpaca_core.engines.running",
+    "alpaca_core.engines.working",
     "alpaca_core.engines.choosing",
     "alpaca_core.engines.results",
     "alpaca_core.engines.graphs",
