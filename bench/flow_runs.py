@@ -56,7 +56,9 @@ def main() -> None:
         options.out.write_text(json.dumps(found, indent=2))
         print(json.dumps(found, indent=2))
         solo = [rows_of(client, ended(client, [begin(client, one)])[0].id) for one in each]
-        found["rows equal to those of the run alone"] = sum(a is not None and a == b for a, b in zip(rows, solo, strict=True))
+        found["rows equal to those of the run alone"] = sum(
+            a is not None and a == b for a, b in zip(rows, solo, strict=True)
+        )
         found["host after the runs alone"] = looked_at()
         options.out.write_text(json.dumps(found, indent=2))
         print(json.dumps(found, indent=2))
