@@ -129,11 +129,21 @@ def test_wrong_tensors_are_refused(
         load(base, quantization=quantization)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_nan_inside_a_quantized_weight_is_refused(base: Path, quantization: str) -> None:
-    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(float("nan")))
-    with pytest.raises(InvalidCheckpoint, match=r"must be finite.*layers.0.mlp.up_proj"):
-        load(base, quantization=quantization)
+def test_no_number_inside_a_quantized_weight_hides(base: Path, quantization: str, dtype: str, number: float) -> None:
+    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(number))
+    with pytest.raises(InvalidCheckpoint, match=r"must be finite.*layers.0.mlp.up_proj.*Fetch the model again, or use"):
+        load(base, quantization=quantization, dtype=dtype)
+
+
+def test_a_weight_that_is_too_large_for_int8_is_refused(base: Path) -> None:
+    # bitsandbytes goes by float16, where it would be infinity, and so would its row's scale
+    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(1e5))
+    load(base, quantization="nf4")
+    with pytest.raises(InvalidCheckpoint, match=r"finite in torch.float16.*0.mlp.up_proj.*quantization='nf4'"):
+        load(base, quantization="int8")
 
 
 def test_a_weight_that_is_too_large_for_the_dtype_is_refused(base: Path) -> None:

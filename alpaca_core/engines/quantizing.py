@@ -1,0 +1,97 @@
+"""Plain weights into 8 and 4 bits while they are read, each looked at before its numbers are gone.
+
+transformers turns a tensor that it has read onto a GPU into int8 by way of the CPU: there, back, and then bitsandbytes.
+These are its quantizers, with one step of their own: the same kernel on the same numbers, where the tensor lies.
+
+The step has both ends of the tensor beside it for `check_finite`, since no integer is NaN. They stay on the device
+until all is read, and are no error here: what a step raises is only text in transformers' report.
+"""
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant
+from bitsandbytes.nn import Int8Params
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+
+def recipe(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what `from_pretrained` is to be given for ``int8`` or ``nf4``.
+
+    Args:
+        quantization: As in a spec.
+        dtype: That the network computes in.
+    """
+    if quantization == "int8":
+        # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    config.quant_method = f"alpaca_{quantization}"  # by which transformers finds the quantizer
+    return config
+
+
+def ends_of(network: PreTrainedModel) -> dict[str, Tensor]:
+    """The least and the greatest number of each tensor that was quantized, ``(2,)``, in what it was quantized from.
+
+    That is float16 for int8, as bitsandbytes' kernel wants it, and the network's own dtype for nf4.
+    """
+    quantizer: Any = network.hf_quantizer
+    ends: dict[str, Tensor] = quantizer.ends
+    return ends
+
+
+class _Ours:
+    """What both quantizers add to transformers' own."""
+
+    def __init__(self, quantization_config: Any, **settings: Any) -> None:
+        super().__init__(quantization_config, **settings)  # type: ignore[call-arg]
+        self.ends: dict[str, Tensor] = {}
+        # it is found: from here on transformers and PEFT see a network of bitsandbytes, as it is
+        quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+
+
+@register_quantizer("alpaca_int8")
+class _Int8(_Ours, Bnb8BitHfQuantizer):
+    def get_quantize_ops(self) -> "_ToInt8":
+        return _ToInt8(self)
+
+
+@register_quantizer("alpaca_nf4")
+class _Nf4(_Ours, Bnb4BitHfQuantizer):
+    def get_quantize_ops(self) -> "_ToNf4":
+        return _ToNf4(self)
+
+
+class _ToInt8(Bnb8bitQuantize):
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for name, given in input_dict.items():
+            half = _one(given).to(torch.float16)
+            self.hf_quantizer.ends[name] = torch.stack(half.aminmax())
+            if issubclass(model.get_submodule(name.rpartition(".")[0]).source_cls, Conv1D):  # GPT-2's, the other way
+                half = half.t()
+            numbers, scales, _ = int8_vectorwise_quant(half.contiguous())
+            made[name] = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        return made
+
+
+class _ToNf4(Bnb4bitQuantize):
+    def convert(self, input_dict: dict[str, Any], **rest: Any) -> dict[str, Tensor]:
+        for name, given in input_dict.items():
+            self.hf_quantizer.ends[name] = torch.stack(_one(given).aminmax())
+        made: dict[str, Tensor] = super().convert(input_dict, **rest)
+        return made
+
+
+def _one(given: Any) -> Tensor:
+    """The tensor, which transformers gives by itself or in a list."""
+    tensor: Tensor = given[0] if isinstance(given, list) else given
+    return tensor
