@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant
-from bitsandbytes.nn import Int8Params
+from bitsandbytes.nn.modules import Int8Params
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 
-def recipe(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what `from_pretrained` is to be given for ``int8`` or ``nf4``.
+def recipe(quantization: str, dtype: torch.dtype) -> Any:
+    """Return the `BitsAndBytesConfig` that `from_pretrained` is to be given for ``int8`` or ``nf4``.
 
     Args:
         quantization: As in a spec.
@@ -34,8 +34,9 @@ def recipe(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    config.quant_method = f"alpaca_{quantization}"  # by which transformers finds the quantizer
-    return config
+    ours: Any = config
+    ours.quant_method = f"alpaca_{quantization}"  # by which transformers finds the quantizer
+    return ours
 
 
 def ends_of(network: PreTrainedModel) -> dict[str, Tensor]:
@@ -60,35 +61,42 @@ class _Ours:
 
 @register_quantizer("alpaca_int8")
 class _Int8(_Ours, Bnb8BitHfQuantizer):
-    def get_quantize_ops(self) -> "_ToInt8":
-        return _ToInt8(self)
+    def get_quantize_ops(self) -> ConversionOps:
+        return _ToInt8(self.ends)
 
 
 @register_quantizer("alpaca_nf4")
 class _Nf4(_Ours, Bnb4BitHfQuantizer):
-    def get_quantize_ops(self) -> "_ToNf4":
-        return _ToNf4(self)
+    def get_quantize_ops(self) -> ConversionOps:
+        return _ToNf4(self.ends, super().get_quantize_ops())  # type: ignore[no-untyped-call]
 
 
-class _ToInt8(Bnb8bitQuantize):
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+class _ToInt8(ConversionOps):
+    def __init__(self, ends: dict[str, Tensor]) -> None:
+        self._ends = ends
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **told: Any) -> dict[str, Any]:
+        made = {}
         for name, given in input_dict.items():
             half = _one(given).to(torch.float16)
-            self.hf_quantizer.ends[name] = torch.stack(half.aminmax())
-            if issubclass(model.get_submodule(name.rpartition(".")[0]).source_cls, Conv1D):  # GPT-2's, the other way
-                half = half.t()
+            self._ends[name] = torch.stack(half.aminmax())
+            if issubclass(told["model"].get_submodule(name.rpartition(".")[0]).source_cls, Conv1D):
+                half = half.t()  # GPT-2's layers have their weights the other way
             numbers, scales, _ = int8_vectorwise_quant(half.contiguous())
             made[name] = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
         return made
 
 
-class _ToNf4(Bnb4bitQuantize):
-    def convert(self, input_dict: dict[str, Any], **rest: Any) -> dict[str, Tensor]:
+class _ToNf4(ConversionOps):
+    """transformers' step, which quantizes where the tensor lies, after a look at it."""
+
+    def __init__(self, ends: dict[str, Tensor], step: ConversionOps) -> None:
+        self._ends, self._step = ends, step
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **told: Any) -> dict[str, Any]:
         for name, given in input_dict.items():
-            self.hf_quantizer.ends[name] = torch.stack(_one(given).aminmax())
-        made: dict[str, Tensor] = super().convert(input_dict, **rest)
-        return made
+            self._ends[name] = torch.stack(_one(given).aminmax())
+        return self._step.convert(input_dict, *args, **told)
 
 
 def _one(given: Any) -> Tensor:

@@ -27,13 +27,13 @@ def both(folder: Path, quantization: str, dtype: torch.dtype, device: str) -> tu
 
 
 def save(network: Any, folder: Path) -> None:
-    """Save a network whose weights lie in all of float16's range, as near to zero and to its greatest as it goes."""
+    """Save a network whose rows are of very different sizes, some below float16's least normal number."""
     noise = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if weight.dim() == 2 and any(part in name for part in ("proj", "c_attn", "c_fc")):
-                weight.mul_(torch.exp2(torch.randint(-20, 12, (len(weight), 1), generator=noise).float()))
-                weight[1, 2], weight[1, 3] = 65504.0, -6e-8
+                weight.mul_(torch.exp2(torch.randint(-20, 3, (len(weight), 1), generator=noise).float()))
+                weight[1, 2] = -6e-8
     network.save_pretrained(folder)
 
 
@@ -56,7 +56,9 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
     assert ours.config.to_json_string() == theirs.config.to_json_string()
     ids = torch.tensor([[1, 5, 9, 9, 2]], device=ours.device)
     with torch.no_grad():
-        assert torch.equal(ours.eval()(ids).logits, theirs.eval()(ids).logits)
+        logits = ours.eval()(ids).logits
+        assert logits.isfinite().all()
+        assert torch.equal(logits, theirs.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
