@@ -7,12 +7,13 @@ The step has both ends of the tensor beside it for `check_finite`, since no inte
 until all is read, and are no error here: what a step raises is only text in transformers' report.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn.modules import Int8Params
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
+
+from alpaca_core.engines.recovering import Stopped, ran_out
 
 
 def recipe(quantization: str, dtype: torch.dtype) -> Any:
@@ -62,44 +65,46 @@ class _Ours:
 @register_quantizer("alpaca_int8")
 class _Int8(_Ours, Bnb8BitHfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
-        return _ToInt8(self.ends)
+        return _Step(self.ends, _to_int8, torch.float16)
 
 
 @register_quantizer("alpaca_nf4")
 class _Nf4(_Ours, Bnb4BitHfQuantizer):
     def get_quantize_ops(self) -> ConversionOps:
-        return _ToNf4(self.ends, super().get_quantize_ops())  # type: ignore[no-untyped-call]
+        theirs: Any = super()  # quantizes where the tensor lies
+        return _Step(self.ends, theirs.get_quantize_ops().convert)
 
 
-class _ToInt8(ConversionOps):
-    def __init__(self, ends: dict[str, Tensor]) -> None:
-        self._ends = ends
+class _Step(ConversionOps):
+    """Look at the numbers of a tensor, then quantize it."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **told: Any) -> dict[str, Any]:
-        made = {}
-        for name, given in input_dict.items():
-            half = _one(given).to(torch.float16)
-            self._ends[name] = torch.stack(half.aminmax())
-            if issubclass(told["model"].get_submodule(name.rpartition(".")[0]).source_cls, Conv1D):
-                half = half.t()  # GPT-2's layers have their weights the other way
-            numbers, scales, _ = int8_vectorwise_quant(half.contiguous())
-            made[name] = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
-        return made
-
-
-class _ToNf4(ConversionOps):
-    """transformers' step, which quantizes where the tensor lies, after a look at it."""
-
-    def __init__(self, ends: dict[str, Tensor], step: ConversionOps) -> None:
-        self._ends, self._step = ends, step
+    def __init__(
+        self, ends: dict[str, Tensor], quantize: Callable[..., dict[str, Any]], dtype: torch.dtype | None = None
+    ) -> None:
+        self._ends, self._quantize, self._dtype = ends, quantize, dtype
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **told: Any) -> dict[str, Any]:
-        for name, given in input_dict.items():
-            self._ends[name] = torch.stack(_one(given).aminmax())
-        return self._step.convert(input_dict, *args, **told)
+        try:
+            plain = {name: self._look(name, given) for name, given in input_dict.items()}
+            return self._quantize(plain, *args, **told)
+        except Exception as error:
+            if ran_out(error):
+                raise Stopped from error
+            raise
+
+    def _look(self, name: str, given: Any) -> Tensor:
+        tensor: Tensor = given[0] if isinstance(given, list) else given
+        plain = tensor.to(self._dtype or tensor.dtype)
+        self._ends[name] = torch.stack(plain.aminmax())
+        return plain
 
 
-def _one(given: Any) -> Tensor:
-    """The tensor, which transformers gives by itself or in a list."""
-    tensor: Tensor = given[0] if isinstance(given, list) else given
-    return tensor
+def _to_int8(plain: dict[str, Tensor], *, model: nn.Module, **_: Any) -> dict[str, Any]:
+    """As bitsandbytes' `Int8Params` does on its way from a CPU to a GPU."""
+    made = {}
+    for name, half in plain.items():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        lying = issubclass(module.source_cls, Conv1D)  # GPT-2's layers have their weights the other way
+        numbers, scales, _columns = int8_vectorwise_quant((half.t() if lying else half).contiguous())
+        made[name] = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+    return made

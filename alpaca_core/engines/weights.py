@@ -25,7 +25,7 @@ from alpaca_core.adapters import Adapter, find_adapters
 from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.engines.lora import CausalLM, attach, merge
-from alpaca_core.engines.recovering import ran_out
+from alpaca_core.engines.recovering import Stopped, ran_out
 from alpaca_core.engines.sharing import keep, room
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.identity import identity
@@ -75,7 +75,7 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
             network = merge(network)
         network.eval().requires_grad_(False)
         check_finite(network.named_parameters(), base, dtype)
-    except Exception as error:
+    except (Exception, Stopped) as error:
         if not ran_out(error):
             raise
         loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))

@@ -314,6 +314,29 @@ def test_running_out_of_memory_while_loading_is_said(
         load(tiny)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "kernel"),
+    [
+        ("int8", "alpaca_core.engines.quantizing.int8_vectorwise_quant"),
+        ("nf4", "bitsandbytes.functional.quantize_4bit"),
+    ],
+)
+def test_running_out_of_memory_while_quantizing_is_said(
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    quantization: str,
+    kernel: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernel, fail)
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"):
+        load(tiny, quantization=quantization)
+    assert caplog.records == []  # transformers' report has a traceback for each tensor
+
+
 def test_loading_and_running_say_nothing_but_what_matters(
     tiny: Path,
     make_adapter: Callable[..., Path],
