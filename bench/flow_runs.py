@@ -1,10 +1,12 @@
 """Flow runs that share a warm model, through a real Prefect server and worker: first run, second run, many at once.
 
-    python bench/flow_runs.py --out flow-runs.json                  # minutes; a server and a worker on 127.0.0.1
+    python bench/flow_runs.py --runs 8 --out flow-runs.json         # minutes; a server and a worker on 127.0.0.1
+    python bench/flow_runs.py --database postgresql+asyncpg://postgres@127.0.0.1:5432/prefect --out flow-runs.json
 
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
-and after: memory, open files, threads.
+and after: memory, open files, threads. Prefect's server keeps its records in SQLite, which takes one writer at a time,
+or in an empty PostgreSQL database.
 """
 
 import argparse
@@ -41,11 +43,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("flow-runs.json"))
     parser.add_argument("--runs", type=int, default=32, help="flow runs at once")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of LoRA weights for some of them")
+    parser.add_argument("--database", help="URL of an empty PostgreSQL database for Prefect's server")
     options = parser.parse_args()
+    if options.database:
+        os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = options.database
     with tempfile.TemporaryDirectory() as place, prefect_for(Path(place), options.runs) as client:
-        found = {"first": alone(client, "first"), "second": alone(client, "second")}
+        found: dict[str, Any] = {"first": alone(client, "first"), "second": alone(client, "second")}
         options.out.write_text(json.dumps(found, indent=2))
-        found |= together(client, [parameters_of(number, options.adapters) for number in range(options.runs)])
+        each = [parameters_of(number, options.adapters) for number in range(options.runs)]
+        at_once, rows = together(client, each)
+        found |= at_once
+        options.out.write_text(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
+        solo = [rows_of(client, ended(client, [begin(client, one)])[0].id) for one in each]
+        found["rows equal to those of the run alone"] = sum(a is not None and a == b for a, b in zip(rows, solo, strict=True))
+        found["host after the runs alone"] = looked_at()
         options.out.write_text(json.dumps(found, indent=2))
         print(json.dumps(found, indent=2))
 
@@ -75,8 +87,8 @@ def alone(client: SyncPrefectClient, name: str) -> dict[str, float]:
     return {"from creation to its end": took, **tasks_of(client, run.id)}
 
 
-def together(client: SyncPrefectClient, parameters: list[dict[str, Any]]) -> dict[str, Any]:
-    """Run flows at once and one after another, and compare what they found."""
+def together(client: SyncPrefectClient, parameters: list[dict[str, Any]]) -> tuple[dict[str, Any], list[object]]:
+    """Run flows at once; return figures, and the table of each run."""
     before = looked_at()
     runs = [begin(client, each) for each in parameters]
     done = ended(client, runs)
@@ -84,16 +96,14 @@ def together(client: SyncPrefectClient, parameters: list[dict[str, Any]]) -> dic
     running = [run.start_time for run in done if run.start_time]
     last = max(run.end_time for run in done if run.end_time)
     waits = [task["reason"] for run in done if "reason" in (task := tasks_of(client, run.id))]
-    rows = [rows_of(client, run.id) for run in done]
-    solo = [rows_of(client, ended(client, [begin(client, each)])[0].id) for each in parameters]
-    return {
+    figures = {
         "runs at once": len(parameters),
         "seconds from the last start to the last end": (last - max(running)).total_seconds(),
         "completed": sum(bool(run.state and run.state.is_completed()) for run in done),
-        "rows equal to those of the run alone": sum(a == b for a, b in zip(rows, solo, strict=True)),
         "median and longest seconds of a run's reasoning": [median(waits), max(waits)] if waits else [],
-        "host before, after, and after the runs alone": [before, after, looked_at()],
+        "host before and after": [before, after],
     }
+    return figures, [rows_of(client, run.id) for run in done]
 
 
 def looked_at() -> list[dict[str, Any]]:
@@ -120,11 +130,12 @@ def begin(client: SyncPrefectClient, parameters: dict[str, Any]) -> UUID:
 
 def ended(client: SyncPrefectClient, runs: list[UUID]) -> list[FlowRun]:
     """Wait until runs have ended."""
+    own = FlowRunFilter(id=FlowRunFilterId(any_=runs))
     while True:
-        found = [client.read_flow_run(run) for run in runs]
-        if all(run.state and run.state.is_final() for run in found):
-            return found
-        time.sleep(0.1)
+        found = {run.id: run for run in client.read_flow_runs(flow_run_filter=own)}
+        if all(run.state and run.state.is_final() for run in found.values()):
+            return [found[run] for run in runs]
+        time.sleep(0.5)
 
 
 def tasks_of(client: SyncPrefectClient, run: UUID) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The forward pass between its matrix products, in plain torch: what runs where there is no Triton.
 
 `kernels` has the same functions for CUDA. Shapes: ``N`` tokens, ``H`` query heads, ``G`` key heads, ``D``
-numbers a head, ``P`` pages of 32 tokens. Of a row's results each depends on the row alone, bit for bit:
+numbers a head, ``P`` pages of 16 tokens. Of a row's results each depends on the row alone, bit for bit:
 attention is called with shapes that follow from the row's own length, one row's next to another's.
 """
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from alpaca_core.engines.packing import TILE, Packed
+from alpaca_core.engines.packing import PAGE, TILE, Packed
 
-_STRIDE = 2
+_STRIDE = 4
 """Pages by which the part of the cache that a decode step reads grows."""
 
 
@@ -34,6 +34,7 @@ class _Group:
 
     index: Tensor  # of the queries, (n, queries)
     pages: Tensor | None  # (n, depth)
+    near: bool  # whether the queries' own keys are beside them in the pass, behind those in the pages
     sees: Tensor  # (n, queries, time)
     real: Tensor | None  # which queries are there, (n, queries); None are all
 
@@ -60,17 +61,20 @@ def plan_tiles(packed: Packed, cos: Tensor, sin: Tensor) -> Plan:
     device = packed.ids.device
     lanes = torch.arange(TILE, device=device)
     sees = (packed.sees[:, :, None] >> lanes) & 1 != 0  # n, TILE, TILE
-    at = packed.starts[:, None] + lanes.minimum(packed.counts[:, None] - 1)  # spare lanes repeat the last token
-    slots = torch.arange(int(packed.table.shape[1]) * TILE, device=device)
+    within = lanes - packed.lanes[:, None]  # n, TILE
+    at = packed.starts[:, None] + within.clamp(min=0).minimum(packed.counts[:, None] - 1)  # spare lanes repeat a token
+    slots = torch.arange(int(packed.table.shape[1]) * PAGE, device=device)
+    kinds = list(zip(packed.depths, (packed.lanes == 0).tolist(), strict=True))
     groups = []
-    for depth in sorted(set(packed.depths)):
-        mine = torch.tensor([place for place, each in enumerate(packed.depths) if each == depth], device=device)
-        far = slots[: depth * TILE] < packed.contexts[mine, None]
+    for depth, near in sorted(set(kinds)):
+        mine = torch.tensor([place for place, each in enumerate(kinds) if each == (depth, near)], device=device)
+        before = depth * PAGE if near else depth * PAGE - TILE
+        far = slots[:before] < packed.contexts[mine, None]
         seen = torch.cat([far[:, None].expand(-1, TILE, -1), sees[mine]], -1)
-        real = lanes < packed.counts[mine, None]
-        groups.append(_Group(at[mine], packed.table[mine, :depth] if depth else None, seen, real))
+        real = (within[mine] >= 0) & (within[mine] < packed.counts[mine, None])
+        groups.append(_Group(at[mine], packed.table[mine, :depth] if depth else None, near, seen, real))
     places = packed.places.long()
-    return Plan(cos[packed.positions][:, None], sin[packed.positions][:, None], places // TILE, places % TILE, groups)
+    return Plan(cos[packed.positions][:, None], sin[packed.positions][:, None], places // PAGE, places % PAGE, groups)
 
 
 def plan_step(lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest: int) -> Plan:
@@ -83,16 +87,16 @@ def plan_step(lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest:
         sin: Likewise.
         longest: Of use to `kernels`.
     """
-    page = table.gather(1, (lengths // TILE)[:, None].long())[:, 0]
-    depths = ((lengths // (TILE * _STRIDE) + 1) * _STRIDE).tolist()
+    page = table.gather(1, (lengths // PAGE)[:, None].long())[:, 0]
+    depths = ((lengths // (PAGE * _STRIDE) + 1) * _STRIDE).tolist()
     groups = []
     for depth in sorted(set(depths)):
         mine = torch.tensor([place for place, each in enumerate(depths) if each == depth], device=lengths.device)
         pages = table[mine, :depth]
         pages = torch.where(pages > 0, pages, page[mine, None])  # a spare entry repeats a page of the row's own
-        seen = torch.arange(pages.shape[1] * TILE, device=lengths.device) <= lengths[mine, None]
-        groups.append(_Group(mine[:, None], pages, seen[:, None], None))
-    return Plan(cos[lengths][:, None], sin[lengths][:, None], page.long(), lengths.long() % TILE, groups)
+        seen = torch.arange(pages.shape[1] * PAGE, device=lengths.device) <= lengths[mine, None]
+        groups.append(_Group(mine[:, None], pages, False, seen[:, None], None))
+    return Plan(cos[lengths][:, None], sin[lengths][:, None], page.long(), lengths.long() % PAGE, groups)
 
 
 def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> Tensor:
@@ -100,7 +104,7 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int
 
     Args:
         qkv: ``(N, (H + 2 G) D)``.
-        keys: Of one layer, ``(P, 32, G, D)``; written. So are `values`.
+        keys: Of one layer, ``(P, 16, G, D)``; written. So are `values`.
         values: As `keys`.
         plan: As `plan_tiles` made it.
         heads: ``H``.
@@ -111,11 +115,7 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int
     q, k, v = _rotated(qkv, keys, values, plan, heads)
     out = q.new_zeros(q.shape[0], heads * keys.shape[3])
     for group in plan.groups:
-        near_k, near_v = k[group.index], v[group.index]  # n, TILE, G, D
-        if group.pages is not None:
-            near_k = torch.cat([_gathered(keys, group.pages), near_k], 1)
-            near_v = torch.cat([_gathered(values, group.pages), near_v], 1)
-        found = _attend(q[group.index], near_k, near_v, group.sees)  # n, TILE, H D
+        found = _attend(q[group.index], _seen(k, keys, group), _seen(v, values, group), group.sees)  # n, TILE, H D
         out[group.index[group.real]] = found[group.real]
     return out
 
@@ -146,8 +146,18 @@ def _rotated(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) 
     return q, k, v
 
 
+def _seen(states: Tensor, store: Tensor, group: _Group) -> Tensor:
+    """The keys, or values, that a group's queries may see: those in pages, then those of the pass."""
+    near = states[group.index] if group.near else None  # n, TILE, G, D
+    if group.pages is None:
+        assert near is not None
+        return near
+    far = _gathered(store, group.pages)
+    return far if near is None else torch.cat([far, near], 1)
+
+
 def _gathered(store: Tensor, pages: Tensor) -> Tensor:
-    """``(P, 32, G, D)`` at pages ``(n, depth)``, as ``(n, depth * 32, G, D)``; four times as fast as by indexing."""
+    """``(P, 16, G, D)`` at pages ``(n, depth)``, as ``(n, depth * 16, G, D)``; four times as fast as by indexing."""
     return store.index_select(0, pages.flatten()).view(len(pages), -1, *store.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""The forward pass between its matrix products, in Triton, and the choice of tokens.
+"""The forward pass between its matrix products, in Triton.
 
 The same functions as in `eager`, on CUDA. Every loop over keys has fixed blocks that start at the row's own
 beginning, and what a mask hides is not loaded: so a row's numbers come out the same in any company.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpaca_core.engines.packing import TILE, Packed
+from alpaca_core.engines.packing import PAGE, TILE, Packed
 
 _SEGMENT = 256
 """Tokens of a row that one program of a decode step reads; longer rows are joined from several."""
@@ -73,14 +73,14 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Te
     kv, width = keys.shape[2:]
     steps = keys.stride()[:3]
     _store[(qkv.shape[0], 2)](
-        qkv, cos, sin, packed.positions, packed.places, keys, values, *steps, heads, kv, width, TILE,
+        qkv, cos, sin, packed.positions, packed.places, keys, values, *steps, heads, kv, width, PAGE,
         triton.next_power_of_2(kv), num_warps=4,
     )  # fmt: skip
     out = qkv.new_empty(qkv.shape[0], heads * width)  # what is in no tile stays as it is, and in its row
     _read_tiles[(packed.starts.shape[0], heads)](
-        qkv, out, keys, values, *steps, cos, sin, packed.positions, packed.starts, packed.counts, packed.contexts,
-        packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, 2 * TILE,
-        num_warps=4,
+        qkv, out, keys, values, *steps, cos, sin, packed.positions, packed.starts, packed.counts, packed.lanes,
+        packed.contexts, packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width,
+        TILE, PAGE, 2 * TILE, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -121,41 +121,50 @@ def _weigh(score, v, most, total, acc):
 
 @triton.jit
 def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, cos_ptr, sin_ptr,
-                position_ptr, start_ptr, count_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale,
-                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+                position_ptr, start_ptr, count_ptr, lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale,
+                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     kv = head // (HEADS // KV)
     width: tl.constexpr = (HEADS + 2 * KV) * D
     start, count = tl.load(start_ptr + tile).to(tl.int64), tl.load(count_ptr + tile)
-    context = tl.load(context_ptr + tile)
-    lane, at = tl.arange(0, PAGE), tl.arange(0, D)
-    real = lane < count
-    rows = qkv_ptr + (start + lane)[:, None] * width
+    context, begin = tl.load(context_ptr + tile), tl.load(lane_ptr + tile)
+    lane, at = tl.arange(0, LANES), tl.arange(0, D)
+    real = (lane >= begin) & (lane < begin + count)
+    token = start + lane - begin
+    pages = table_ptr + tile.to(tl.int64) * table_step
+    rows = qkv_ptr + token[:, None] * width
     q = tl.load(rows + head * D + at[None], real[:, None], 0.0)
     other = tl.load(rows + head * D + ((at + D // 2) % D)[None], real[:, None], 0.0)
-    turn = tl.load(position_ptr + start + lane, real, 0).to(tl.int64)[:, None] * (D // 2) + (at % (D // 2))[None]
+    turn = tl.load(position_ptr + token, real, 0).to(tl.int64)[:, None] * (D // 2) + (at % (D // 2))[None]
     sin = tl.load(sin_ptr + turn) * tl.where(at < D // 2, -1.0, 1.0)[None]
     q = (q.to(tl.float32) * tl.load(cos_ptr + turn) + other.to(tl.float32) * sin).to(q.dtype)
-    most = tl.full((PAGE,), float("-inf"), tl.float32)
-    total = tl.zeros((PAGE,), tl.float32)
-    acc = tl.zeros((PAGE, D), tl.float32)
+    most = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    acc = tl.zeros((LANES, D), tl.float32)
     for first in range(0, context, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         seen = slot < context
-        page = tl.load(table_ptr + tile.to(tl.int64) * table_step + slot // PAGE, seen, 0).to(tl.int64)
+        page = tl.load(pages + slot // PAGE, seen, 0).to(tl.int64)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None], seen[None], 0.0)
         v = tl.load(values_ptr + near[:, None] + at[None], seen[:, None], 0.0)
         score = tl.where(seen[None], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
         most, total, acc = _weigh(score, v, most, total, acc)
-    k = tl.load(qkv_ptr + (start + lane)[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
-    v = tl.load(rows + (HEADS + KV + kv) * D + at[None], real[:, None], 0.0)
-    sees = ((tl.load(sees_ptr + tile * PAGE + lane)[:, None] >> lane[None]) & 1) != 0
+    if begin == 0:
+        k = tl.load(qkv_ptr + token[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
+        v = tl.load(rows + (HEADS + KV + kv) * D + at[None], real[:, None], 0.0)
+    else:  # somebody else has computed the first half
+        slot, there = context + lane, lane < begin + count
+        page = tl.load(pages + slot // PAGE, there, 0).to(tl.int64)
+        near = page * page_step + (slot % PAGE) * token_step + kv * head_step
+        k = tl.load(keys_ptr + near[None] + at[:, None], there[None], 0.0)
+        v = tl.load(values_ptr + near[:, None] + at[None], there[:, None], 0.0)
+    sees = ((tl.load(sees_ptr + tile * LANES + lane)[:, None] >> lane[None]) & 1) != 0
     most, total, acc = _weigh(
         tl.where(sees, tl.dot(q, k, input_precision="ieee") * scale, float("-inf")), v, most, total, acc
     )
-    to = out_ptr + (start + lane)[:, None] * (HEADS * D) + head * D + at[None]
+    to = out_ptr + token[:, None] * (HEADS * D) + head * D + at[None]
     tl.store(to, (acc / total[:, None]).to(q.dtype), real[:, None])
 
 
@@ -172,7 +181,7 @@ def step(
     norms = torch.empty(rows, heads, parts, 2, device=qkv.device)
     _step[(rows, kv, parts)](
         qkv, sums, norms, keys, values, *keys.stride()[:3], cos, sin, lengths, table, table.stride(0),
-        width**-0.5 * _LOG2_E, parts, heads, kv, width, TILE, 2 * TILE, _SEGMENT, group, lanes, num_warps=2,
+        width**-0.5 * _LOG2_E, parts, heads, kv, width, PAGE, 2 * TILE, _SEGMENT, group, lanes, num_warps=2,
     )  # fmt: skip
     _join[(rows, heads)](sums, norms, out, lengths, parts, heads, width, _SEGMENT, num_warps=1)
     return out
@@ -258,64 +267,6 @@ def _join(sum_ptr, norm_ptr, out_ptr, length_ptr, PARTS, HEADS: tl.constexpr, D:
         acc = acc * old + tl.load(sum_ptr + (base + part) * D + at) * fresh
         most = new
     tl.store(out_ptr + (row * HEADS + head) * D + at, (acc / total).to(out_ptr.dtype.element_ty))
-
-
-def draw(logits: Tensor, keys: Tensor, counts: Tensor, temperatures: Tensor) -> Tensor:
-    """Choose a token of each row: the likeliest, or by the row's own Gumbel noise, as `noise.gumbel` has it.
-
-    Args:
-        logits: ``(N, vocab)`` float32; minus infinity is never chosen.
-        keys: Row keys, ``(N, 4)``.
-        counts: Tokens of each response so far.
-        temperatures: float64; 0 is greedy.
-
-    Returns:
-        Tokens, ``(N,)``.
-    """
-    rows, vocab = logits.shape
-    block = 2048
-    parts = triton.cdiv(vocab, block)
-    best = torch.empty(rows, parts, dtype=torch.float64, device=logits.device)
-    which = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
-    _draw[(rows, parts)](logits, best, which, keys, counts, temperatures, vocab, parts, block, num_warps=4)
-    return which.gather(1, best.argmax(1, keepdim=True))[:, 0]
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _draw(logits_ptr, best_ptr, which_ptr, key_ptr, count_ptr, temperature_ptr, VOCAB, PARTS: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """The best token of one part of the vocabulary."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block, word = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4), tl.arange(0, 4)[None]
-    token = block[:, None] * 4 + word
-    score = tl.load(logits_ptr + row * VOCAB + token, token < VOCAB, float("-inf")).to(tl.float64)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature > 0:
-        key = key_ptr + row * 4
-        zero = tl.zeros((BLOCK // 4,), tl.uint32)
-        w0, w1, w2, w3 = _philox(
-            block.to(tl.uint32), zero + tl.load(count_ptr + row).to(tl.uint32),
-            zero + tl.load(key + 2).to(tl.uint32), zero + tl.load(key + 3).to(tl.uint32),
-            zero + tl.load(key).to(tl.uint32), zero + tl.load(key + 1).to(tl.uint32),
-        )  # fmt: skip
-        late = tl.where(word == 2, w2[:, None], w3[:, None])
-        words = tl.where(word == 0, w0[:, None], tl.where(word == 1, w1[:, None], late))
-        uniform = (words.to(tl.float64) + 0.5) * 2.0**-32
-        score = score / temperature - tl.log(-tl.log(uniform))
-    score = tl.where(token < VOCAB, score, float("-inf"))
-    best = tl.max(tl.max(score, 1), 0)
-    tl.store(best_ptr + row * PARTS + part, best)
-    tl.store(which_ptr + row * PARTS + part, tl.min(tl.min(tl.where(score == best, token, VOCAB - 1), 1), 0))
 
 
 def one_row(x: Tensor, weight: Tensor, add_to: Tensor | None) -> Tensor:

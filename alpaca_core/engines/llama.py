@@ -4,6 +4,7 @@ Weights are those of a network that transformers loaded, fused where layers read
 between the matrix products is `eager`, or `kernels` on CUDA.
 """
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from alpaca_core.engines import eager
 from alpaca_core.engines.lora import CausalLM, bare, names_of
-from alpaca_core.engines.packing import TILE, Packed
-from alpaca_core.engines.projections import Gate, Projection, is_steady
+from alpaca_core.engines.packing import PAGE, Packed
+from alpaca_core.engines.projections import Gate, Projection, is_steady, random_rows
 
 _FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
 _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -94,25 +95,38 @@ class Llama:
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
 
-    def steady(self) -> bool:
-        """Try on a CPU whether products give a row the same bits for any multiple of 16 rows."""
-        first, wide = self.layers[0], self.embedding.shape[1]
-        attended = self.heads * self.width
-        between = first.gate(torch.zeros(16, wide, dtype=self.dtype), torch.full((16,), 0)).shape[1]
-        products: list[tuple[Projection | Gate, int]] = [
-            (first.qkv, wide), (first.out, attended), (first.gate, wide), (first.down, between), (self.head, wide)
-        ]  # fmt: skip
-        return all(is_steady(run, inner, self.dtype, 256 if run is self.head else 1024) for run, inner in products)
+    def steady(self, counts: Sequence[int], most: int) -> bool:
+        """Try whether a layer's products give a row the same bits among some numbers of rows.
+
+        The head's are tried on the CPU alone: on a GPU its number of rows is always the same.
+
+        Args:
+            counts: Rows.
+            most: What they are compared with: as many rows.
+        """
+        layer, wide = self.layers[0], self.embedding.shape[1]
+        x = random_rows(most, wide, self.embedding)
+        adapters = torch.zeros(most, dtype=torch.long, device=self.device)
+        attended, between = random_rows(most, self.heads * self.width, self.embedding), layer.gate(x, adapters)
+        products: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+            (layer.qkv, [x]),
+            (lambda rows, others, onto: layer.out(rows, others, add_to=onto.clone()), [attended, x]),
+            (layer.gate, [x]),
+            (lambda rows, others, onto: layer.down(rows, others, add_to=onto.clone()), [between, x]),
+        ]
+        if self.device.type == "cpu":
+            products.append((self.head, [x[:256]]))
+        return all(is_steady(run, [rows[0], adapters[: len(rows[0])], *rows[1:]], counts) for run, rows in products)
 
     @property
     def page_bytes(self) -> int:
         """What a page of the cache takes, in all layers."""
-        numbers: int = 2 * len(self.layers) * TILE * self.kv_heads * self.width
+        numbers: int = 2 * len(self.layers) * PAGE * self.kv_heads * self.width
         return numbers * int(self.dtype.itemsize)
 
     def new_cache(self, pages: int) -> Tensor:
-        """Make a cache, ``(layers, keys and values, pages, 32, key heads, width)``."""
-        shape = (len(self.layers), 2, pages, TILE, self.kv_heads, self.width)
+        """Make a cache, ``(layers, keys and values, pages, 16, key heads, width)``."""
+        shape = (len(self.layers), 2, pages, PAGE, self.kv_heads, self.width)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def read(self, packed: Packed, cache: Tensor, *, every: bool) -> Tensor:

@@ -1,10 +1,11 @@
 """Tokens of many rows as one flat list, in tiles: what one forward pass reads.
 
-A tile is up to 32 tokens of one row. They see the row's tokens before the tile, which lie in pages, and
+A tile has 32 lanes for tokens of one row. They see the row's tokens before the tile, which lie in pages, and
 those of the tile itself that a bit mask names: all up to themselves in a prompt, their ancestors in a
-trie (tree attention, SpecInfer, arXiv 2305.09781, section 4.2). Tiles start at multiples of 32 in their
-row, so a token is computed from the same operands in the same order wherever its tile lies, whatever
-lies beside it, and whoever computed the pages before it.
+trie (tree attention, SpecInfer, arXiv 2305.09781, section 4.2). Tiles of a prompt start at multiples of 32, and
+a token's lane follows from its place; where pages hold the first half of a tile already, only the lanes of the
+second half are computed. So a token is computed from the same operands in the same order wherever its tile lies,
+whatever lies beside it, and whoever computed the pages before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,9 @@ from torch import Tensor
 from alpaca_core.model import Trie
 
 TILE = 32
-"""Tokens of a tile and of a page: the unit in which rows share what they have in common."""
+"""Lanes of a tile."""
+PAGE = 16
+"""Tokens of a page, half a tile: the unit in which rows share what they have in common."""
 
 _CAUSAL = tuple((2 << lane) - 1 for lane in range(TILE))
 _ALONE = tuple(1 << lane for lane in range(TILE))
@@ -27,13 +30,14 @@ class Tile:
     """Tokens of one row that are read together.
 
     Args:
-        ids: Tokens, 1 to 32.
+        ids: Tokens, 1 to 32; from `lane` on they fill the tile at most.
         positions: Their places in the text that they see.
         sees: For each token the tokens of the tile that it sees, itself among them, as bits.
         pages: Pages of the row, of which the first `context` tokens are seen by all.
         context: Tokens before the tile.
         adapter: Number of the row's adapter; -1 is the bare base.
-        stored: Whether keys and values are kept, in the page after the context's.
+        stored: Whether keys and values are kept, in the pages after the context's.
+        lane: That of the first token: 0, or 16 where the page after the context holds the lanes before.
     """
 
     ids: Sequence[int]
@@ -43,14 +47,17 @@ class Tile:
     context: int
     adapter: int = -1
     stored: bool = True
+    lane: int = 0
 
 
 def prompt_tiles(ids: Sequence[int], pages: Sequence[int], first: int, adapter: int) -> Iterator[Tile]:
-    """Cut the tokens from `first` on, a multiple of 32, into tiles of plain text."""
-    for start in range(first, len(ids), TILE):
-        part = ids[start : start + TILE]
+    """Cut the tokens from `first` on, a multiple of 16, into tiles of plain text."""
+    for context in range(first // TILE * TILE, len(ids), TILE):
+        start = max(first, context)
+        part = ids[start : context + TILE]
+        lane = start - context
         positions = range(start, start + len(part))
-        yield Tile(part, positions, _CAUSAL[: len(part)], pages, start, adapter)
+        yield Tile(part, positions, _CAUSAL[lane : lane + len(part)], pages, context, adapter, lane=lane)
 
 
 def trie_tiles(trie: Trie, pages: Sequence[int], prompt: int, adapter: int) -> Iterator[tuple[Tile, list[int]]]:
@@ -91,7 +98,7 @@ def trie_tiles(trie: Trie, pages: Sequence[int], prompt: int, adapter: int) -> I
 def text_tiles(
     ids: Sequence[int], pages: Sequence[int], prompt: int, path: Sequence[int], adapter: int
 ) -> Iterator[tuple[Tile, list[int]]]:
-    """Cut a prompt and one path of its trie, however long, into tiles of plain text, from the prompt's last tile on.
+    """Cut a prompt and one path of its trie, however long, into tiles of plain text, from the prompt's last page on.
 
     Args:
         ids: Tokens of both.
@@ -103,17 +110,18 @@ def text_tiles(
     Yields:
         A tile, and the node that each of its last tokens is.
     """
-    for tile in prompt_tiles(ids, pages, prompt // TILE * TILE, adapter):
-        last = tile.context + len(tile.ids)
-        yield tile, list(path[max(0, tile.context - prompt) : last - prompt])
+    for tile in prompt_tiles(ids, pages, prompt // PAGE * PAGE, adapter):
+        first = tile.positions[0]
+        yield tile, list(path[max(0, first - prompt) : max(0, first + len(tile.ids) - prompt)])
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Tiles as tensors: ``N`` tokens, spare ones at the end, and ``n`` tiles.
 
-    `places` says where a token's keys and values go, page * 32 + offset; page 0 is read by nobody.
-    `ends` are the last tokens of the tiles. `table` holds the pages of each tile's context.
+    `places` says where a token's keys and values go, page * 16 + offset; page 0 is read by nobody.
+    `ends` are the last tokens of the tiles. `table` holds the pages of each tile's context, and behind them
+    those of the tile itself where its first lane is not 0.
     """
 
     ids: Tensor  # N
@@ -122,11 +130,12 @@ class Packed:
     adapters: Tensor  # N
     starts: Tensor  # n
     counts: Tensor  # n
+    lanes: Tensor  # n, the first of each tile
     contexts: Tensor  # n
     sees: Tensor  # n, TILE
-    table: Tensor  # n, pages of the longest context
+    table: Tensor  # n, most pages that a tile sees
     ends: Tensor  # n, padded to `most_ends`
-    depths: tuple[int, ...]  # pages of each tile's context, on the host
+    depths: tuple[int, ...]  # pages that each tile sees, on the host
 
 
 def pack(tiles: Sequence[Tile], size: int, most_ends: int, device: torch.device) -> Packed:
@@ -148,16 +157,22 @@ def pack(tiles: Sequence[Tile], size: int, most_ends: int, device: torch.device)
         ids += tile.ids
         positions += tile.positions
         adapters += [tile.adapter] * len(tile.ids)
-        first = tile.pages[tile.context // TILE] * TILE if tile.stored else 0
-        places += range(first, first + len(tile.ids)) if tile.stored else [0] * len(tile.ids)
+        if tile.stored:
+            places += [tile.pages[place // PAGE] * PAGE + place % PAGE for place in tile.positions]
+        else:
+            places += [0] * len(tile.ids)
     for column, spare in ((ids, 0), (positions, 0), (places, 0), (adapters, -1)):
         column += [spare] * (size - len(column))
-    depths = tuple(-(-tile.context // TILE) for tile in tiles)
+    depths = tuple(-(-(tile.context + (TILE if tile.lane else 0)) // PAGE) for tile in tiles)
     width = max(1, *depths)
 
     def table(tile: Tile, depth: int) -> list[int]:
         # a spare entry repeats a page of the row's own: a mask does not stop another row's NaN
-        return [*tile.pages[:depth], *[tile.pages[max(depth - 1, 0)]] * (width - depth)]
+        own = list(tile.pages[: max(1, depth)])
+        return [*own, *own[-1:] * (width - len(own))]
+
+    def sees(tile: Tile) -> list[int]:
+        return [*_ALONE[: tile.lane], *tile.sees, *_ALONE[tile.lane + len(tile.sees) :]]
 
     def tensor(values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -170,8 +185,9 @@ def pack(tiles: Sequence[Tile], size: int, most_ends: int, device: torch.device)
         adapters=tensor(adapters, torch.long),
         starts=tensor(starts),
         counts=tensor([len(tile.ids) for tile in tiles]),
+        lanes=tensor([tile.lane for tile in tiles]),
         contexts=tensor([tile.context for tile in tiles]),
-        sees=tensor([[*tile.sees, *_ALONE[len(tile.ids) :]] for tile in tiles], torch.long).to(torch.int32),
+        sees=tensor([sees(tile) for tile in tiles], torch.long).to(torch.int32),
         table=tensor([table(tile, depth) for tile, depth in zip(tiles, depths, strict=True)]),
         ends=tensor([*ends, *[0] * (most_ends - len(ends))], torch.long),
         depths=depths,

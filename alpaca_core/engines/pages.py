@@ -1,6 +1,6 @@
 """Which page of the key-value cache holds what: prompts that begin alike share pages, within a call and across calls.
 
-A page holds 32 tokens of one text, at a multiple of 32 from its beginning, and its contents are a
+A page holds 16 tokens of one text, at a multiple of 16 from its beginning, and its contents are a
 function of that beginning alone. So a full page of a prompt is kept under the digest of all tokens up to
 its end, and whoever comes with the same beginning reads it instead of computing it (the prefix cache of
 vLLM, arXiv 2309.06180, section 4.4; here a hit changes no bit of a result).
@@ -11,7 +11,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from alpaca_core.engines.packing import TILE
+from alpaca_core.engines.packing import PAGE
 
 
 class Pages:
@@ -52,7 +52,7 @@ class Pages:
         for key in self._keys_of(root, prompt[: len(prompt) - 1]):
             if key not in self._by_key:
                 break
-            count += TILE
+            count += PAGE
         return count
 
     def take(
@@ -71,18 +71,18 @@ class Pages:
             Pages, and how many tokens of the prompt they hold already; None where too few are left.
         """
         keys = list(self._keys_of(root, prompt))
-        known = [self._by_key[key] for key in keys[: self.known(root, prompt) // TILE]]
+        known = [self._by_key[key] for key in keys[: self.known(root, prompt) // PAGE]]
         for page in known:
             self._hold(page)
-        fresh = -(-size // TILE) - len(known)
+        fresh = -(-size // PAGE) - len(known)
         if fresh > self.available:
             self.release(known)
             return None
         pages = known + [self._new() for _ in range(fresh)]
-        for key, page in zip(keys[: None if kept is None else kept // TILE], pages, strict=False):
+        for key, page in zip(keys[: None if kept is None else kept // PAGE], pages, strict=False):
             if key not in self._by_key:
                 self._by_key[key], self._keys[page] = page, key
-        return pages, len(known) * TILE
+        return pages, len(known) * PAGE
 
     def release(self, pages: Sequence[int], *, spoilt: bool = False) -> list[int]:
         """Give pages back; return those that no other row holds.
@@ -133,7 +133,7 @@ class Pages:
     def _keys_of(root: str, prompt: Sequence[int]) -> Iterator[bytes]:
         """The digest of each beginning that fills a page."""
         digest = hashlib.sha256(root.encode()).digest()
-        for first in range(0, len(prompt) // TILE * TILE, TILE):
-            page = struct.pack(f"<{TILE}I", *prompt[first : first + TILE])
+        for first in range(0, len(prompt) // PAGE * PAGE, PAGE):
+            page = struct.pack(f"<{PAGE}I", *prompt[first : first + PAGE])
             digest = hashlib.sha256(digest + page).digest()
             yield digest

@@ -210,13 +210,25 @@ class Gate:
         return self._fused(x) if self._fused else self._silu_mul(self._both(x, adapters))
 
 
-def is_steady(run: Callable[[Tensor, Tensor], Tensor], inner: int, dtype: torch.dtype, most: int) -> bool:
-    """Try on a CPU whether a row of ``(N, inner)`` has the same results among 16 rows and among up to `most`."""
-    x = torch.randn(most, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
-    none = torch.full((most,), 0)
-    few = run(x[:16], none[:16])
-    tried = [rows for rows in (32, 48, 64, 128, 256, 1024) if rows <= most]
-    return all(torch.equal(few, run(x[:rows], none[:rows])[:16]) for rows in tried)
+def is_steady(run: Callable[..., Tensor], rows: Sequence[Tensor], counts: Sequence[int]) -> bool:
+    """Try whether the first of some rows have the same results without those behind them.
+
+    A sum in another order shows in some of the many numbers that are compared.
+
+    Args:
+        run: What makes results of rows, one by one.
+        rows: Its arguments, ``(N, ...)`` each.
+        counts: How many rows are tried.
+    """
+    whole = run(*rows)
+    few = (count for count in counts if count < len(whole))
+    return all(torch.equal(whole[:count], run(*(each[:count] for each in rows))) for count in few)
+
+
+def random_rows(count: int, width: int, like: Tensor) -> Tensor:
+    """Draw ``(count, width)`` numbers, the same at each call, in the dtype and on the device of another tensor."""
+    drawn = torch.randn(count, width, device=like.device, generator=torch.Generator(like.device).manual_seed(0))
+    return drawn.to(like.dtype)
 
 
 def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:

@@ -1,4 +1,4 @@
-"""How many tokens and rows a pass computes: on a GPU always the same numbers, since others change last bits."""
+"""How many tokens and rows a pass computes: numbers that give a row the same bits, found by trying."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,15 @@ class Shape:
     Args:
         slots: Rows that a decode step computes.
         tokens: Tokens that a pass over tiles reads at most.
-        fixed: Whether passes are filled up to these numbers. If not, they are to a multiple of 16, with which
-            a row has the same bits for any number: `Llama.steady`.
+        fixed: Whether a row's bits depend on these numbers, as on a GPU; a decode step has all its slots then.
+        grain: Passes over tiles are filled up to a multiple of this, and where they are not `fixed` decode steps, too:
+            a row has the same bits for each (`Llama.steady`).
     """
 
     slots: int
     tokens: int
     fixed: bool
+    grain: int = _SIXTEEN
 
     @property
     def smaller(self) -> "Shape | None":
@@ -35,20 +37,26 @@ class Shape:
         The tokens stay a multiple of 32. What comes after a shape depends on that shape alone.
 
         Example:
-            >>> Shape(4, 200, fixed=True).smaller
-            Shape(slots=2, tokens=96, fixed=True)
-            >>> Shape(1, 64, fixed=True).smaller is None
+            >>> Shape(4, 200, fixed=True, grain=200).smaller
+            Shape(slots=2, tokens=96, fixed=True, grain=96)
+            >>> Shape(1, 64, fixed=True, grain=64).smaller is None
             True
         """
         slots, tokens = max(1, self.slots // 2), max(_LEAST_TOKENS, self.tokens // 2 // TILE * TILE)
         if slots >= self.slots and tokens >= self.tokens:
             return None
-        return Shape(slots, min(tokens, self.tokens), self.fixed)
+        tokens = min(tokens, self.tokens)
+        return Shape(slots, tokens, self.fixed, tokens if tokens % self.grain else self.grain)
 
     @property
     def name(self) -> str:
         """What results call this shape, such as ``256x4096``; empty where their bits do not depend on it."""
         return f"{self.slots}x{self.tokens}" if self.fixed else ""
+
+    @property
+    def lanes(self) -> int:
+        """Rows that a full decode step computes, spare ones among them."""
+        return self.slots if self.fixed else self.padded(self.slots)
 
     @property
     def most_ends(self) -> int:
@@ -70,10 +78,9 @@ class Shape:
 
     def pack(self, tiles: Sequence[Tile], device: torch.device) -> Packed:
         """Put the tiles of a pass side by side, filled up as this shape says."""
-        if self.fixed:
-            return pack(tiles, self.tokens, self.most_ends, device)
-        return pack(tiles, self.padded(sum(len(tile.ids) for tile in tiles)), self.padded(len(tiles)), device)
+        size = min(self.tokens, self.padded(sum(len(tile.ids) for tile in tiles)))
+        return pack(tiles, size, self.most_ends if self.fixed else self.padded(len(tiles)), device)
 
     def padded(self, count: int) -> int:
-        """Fill a number up to a multiple of 16."""
-        return -(-count // _SIXTEEN) * _SIXTEEN
+        """Fill a number up to a multiple of the grain."""
+        return -(-count // self.grain) * self.grain

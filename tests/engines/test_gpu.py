@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alpaca_core.engines import native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.quantizing import ends_of, recipe
+from alpaca_core.engines.sampling import Warper
+from alpaca_core.spec import Sampling
 from alpaca_core.tokenizer import Tokenizer
 from tests.engines.conftest import wrapped
 from tests.engines.test_native import results, texts
@@ -45,6 +48,47 @@ def test_a_row_has_the_same_bits_in_another_order_and_alone(make: Make) -> None:
     for place in order[:4]:
         model._memory.pages.forget()
         assert results(model, [prompts[place]]) == [expected[place]]
+
+
+def test_passes_that_are_not_full_give_the_same_bits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = texts(60)
+    model = make(batch_size=64)
+    assert model._recovery.shape.grain < model._recovery.shape.tokens, "cuBLAS sums in another order on this GPU"
+    expected = results(model, prompts)
+    for place in range(6):
+        model._memory.pages.forget()
+        assert results(model, [prompts[place]]) == [expected[place]]
+    monkeypatch.setattr(native, "_GPU_GRAIN", 4096)
+    assert results(make(batch_size=64), prompts) == expected
+
+
+@pytest.mark.parametrize("vocab", [7, 4096, 32_000, 151_936])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_and_top_p_cut_what_they_cut_on_a_cpu(vocab: int, spread: float, ties: bool) -> None:
+    from alpaca_core.engines.choice_kernels import cut
+
+    settings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature in (0.01, 0.7, 1.0, 3.0)
+        for top_k in (None, 1, 5, 40, 5000)
+        for top_p in (None, 1e-9, 0.3, 0.9, 0.999, 1.0)
+    ]
+    logits = spread * torch.randn(len(settings), vocab, generator=torch.Generator().manual_seed(vocab))
+    logits = (logits / spread * 4).round() * spread / 4 if ties else logits
+    logits[:, 3] = -torch.inf
+    expected = Warper(settings, torch.device("cpu"))(logits) == -torch.inf
+    temperatures, ranks, masses = (
+        torch.tensor(values, device="cuda")
+        for values in (
+            [setting.temperature for setting in settings],
+            [setting.top_k or 0 for setting in settings],
+            [torch.inf if setting.top_p is None else setting.top_p for setting in settings],
+        )
+    )
+    found = cut(logits.cuda(), temperatures.double(), ranks, masses.double()).cpu()
+    assert torch.equal(found == -torch.inf, expected)
+    assert torch.equal(found[~expected], logits[~expected])
 
 
 @pytest.mark.parametrize("ends", [True, False])

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from alpaca_core.engines import llama, native
 from alpaca_core.engines.llama import Llama, runs
 from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.packing import PAGE
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
 from alpaca_core.spec import Sampling
@@ -129,6 +130,34 @@ def test_pages_of_earlier_calls_are_used_and_change_nothing(
     assert dict(model.generate([GenerateRow(row.prompt_ids, SETTINGS[0]) for row in rows])) == generated
 
 
+def test_a_beginning_of_any_length_is_shared_in_units_of_16_tokens(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = Llama.read
+    monkeypatch.setattr(
+        Llama,
+        "read",
+        lambda self, packed, *rest, **how: read.append(int(packed.counts.sum())) or plain(self, packed, *rest, **how),
+    )
+    draw = random.Random(3)
+    for shared in [*range(1, 36), 47, 48, 49, 63, 64, 65, 80]:
+        first, other = ([draw.randrange(256) for _ in range(90)] for _ in range(2))
+        prompts = [tuple(first), (*first[:shared], *other[: draw.choice([1, 5, 16, 17, 40])])]
+        expected = results(make_native(), prompts[1:])
+        model = make_native()
+        results(model, prompts[:1])
+        read.clear()
+        dict(model.loglikelihood([ScoreRow(prompts[1], Trie.of([[1], [2]])[0])]))
+        common = next(
+            place for place in range(len(prompts[1]) + 1) if prompts[1][: place + 1] != prompts[0][: place + 1]
+        )
+        assert sum(read) == len(prompts[1]) - min(common, len(prompts[1]) - 1) // 16 * 16
+        model = make_native()
+        assert results(model, prompts)[1:] == expected
+        assert results(model, prompts)[1:] == expected
+
+
 def test_paths_longer_than_a_tile_and_wide_tries_score_as_token_by_token(
     make_native: Callable[..., NativeModel], make_network: Callable[..., Any]
 ) -> None:
@@ -220,7 +249,7 @@ def test_rows_wait_for_pages_where_memory_is_short_and_one_that_never_fits_says_
     prompts = texts(20)
     expected = results(make_native(), prompts)
     model = make_native()
-    model._memory._limit = 1 + max(len(prompt) + 12 for prompt in prompts) // 32 + 3
+    model._memory._limit = 1 + max(len(prompt) + 12 for prompt in prompts) // PAGE + 3
     assert results(model, prompts) == expected
     large = results(model, [*prompts[:3], (1,) * 700, *prompts[3:]])
     assert [each.code for each in large.pop(3)] == ["not_enough_memory"] * 2

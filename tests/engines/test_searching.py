@@ -18,8 +18,8 @@ from alpaca_core.engines import native, searching
 from alpaca_core.engines.beams import Beams
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
-from alpaca_core.engines.packing import TILE
-from alpaca_core.engines.searching import Searcher, follow
+from alpaca_core.engines.packing import PAGE
+from alpaca_core.engines.searching import follow
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.model import GenerateRow
 from alpaca_core.spec import Sampling
@@ -95,7 +95,7 @@ def test_beams_across_pages_are_those_of_transformers(
             (theirs,) = by_transformers(network, torch.tensor([row.prompt_ids]), eos, row.sampling)
             assert ours.token_ids == theirs
             ends[ours.finish_reason] += 1
-            ends["long"] += len(theirs) > TILE
+            ends["long"] += len(theirs) > PAGE
     assert min(ends["stop"], ends["length"], ends["long"]) > 1
 
 
@@ -156,15 +156,17 @@ def test_rows_without_beams_are_no_different_beside_searches(make_native: Callab
     assert said(make_native(), [rows[place] for place in plain]) == [expected[place] for place in plain]
 
 
-def test_passes_of_a_fixed_size_give_the_same_results(make_native: Callable[..., NativeModel]) -> None:
+def test_passes_of_a_fixed_size_give_the_same_results(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a GPU has them: all slots in each pass, and a row with more beams in several."""
     rows = rows_of(texts(18))
     expected = said(make_native(), rows)
-    for slots in (1, 16):
-        model = make_native()
-        shape = Shape(slots, 64, fixed=True)
-        model._searcher = Searcher(model._llama, model._memory, shape, model.info.eos_ids)
-        assert said(model, rows) == expected
+    for shape in (Shape(1, 64, fixed=True), Shape(16, 64, fixed=True)):
+        monkeypatch.setattr(native, "first_shape", lambda *_, shape=shape: shape)
+        found = said(make_native(), rows)
+        assert {row.shape for row in found} == {shape.name}
+        assert [row.token_ids for row in found] == [row.token_ids for row in expected]
 
 
 def test_searches_and_rows_without_beams_take_turns(make_native: Callable[..., NativeModel]) -> None:
@@ -195,7 +197,7 @@ def test_searches_wait_for_pages_where_memory_is_short(make_native: Callable[...
     rows = rows_of(texts(18))
     expected = said(make_native(30), rows)
     model = make_native(30)
-    model._memory._limit = 2 + max(-(-len(row.prompt_ids) // TILE) + 2 * row.sampling.num_beams for row in rows)
+    model._memory._limit = 2 + max(-(-len(row.prompt_ids) // PAGE) + 2 * row.sampling.num_beams for row in rows)
     assert said(model, rows) == expected
     huge = GenerateRow((1,) * 100, Sampling(num_beams=60, max_new_tokens=200))
     error, *others = said(model, [huge, *rows[:3]])
@@ -338,16 +340,16 @@ def test_threads_share_steps_and_a_cancelled_search_gives_all_pages_back(
 def test_each_beam_finds_its_own_tokens_in_its_pages(data: st.DataObject) -> None:
     """A cache of one number a token, written as `Searcher` writes it."""
     beams = data.draw(st.integers(1, 6), "beams")
-    prompt = data.draw(st.integers(1, 2 * TILE + 1), "prompt")
-    steps = data.draw(st.integers(0, TILE + 3), "steps")
+    prompt = data.draw(st.integers(1, 2 * PAGE + 1), "prompt")
+    steps = data.draw(st.integers(0, PAGE + 3), "steps")
     draw = data.draw(st.randoms(use_true_random=False))
-    whole = -(-(prompt + steps) // TILE)
-    pages = draw.sample(range(1, 500), prompt // TILE + beams * (whole - prompt // TILE))  # what a row takes
-    cache = {page: [-1] * TILE for page in pages}
+    whole = -(-(prompt + steps) // PAGE)
+    pages = draw.sample(range(1, 500), prompt // PAGE + beams * (whole - prompt // PAGE))  # what a row takes
+    cache = {page: [-1] * PAGE for page in pages}
     paths = [list(range(prompt))]
-    tables = [pages[: -(-prompt // TILE)]]
+    tables = [pages[: -(-prompt // PAGE)]]
     for place, token in enumerate(paths[0]):
-        cache[tables[0][place // TILE]][place % TILE] = token
+        cache[tables[0][place // PAGE]][place % PAGE] = token
     for step in range(steps):
         parents = draw.choices(range(len(paths)), k=draw.randint(1, beams))
         tables, copies = follow(tables, parents, prompt + step, pages)
@@ -356,7 +358,7 @@ def test_each_beam_finds_its_own_tokens_in_its_pages(data: st.DataObject) -> Non
             cache[target] = content
         paths = [[*paths[parent], draw.randrange(1000)] for parent in parents]
         for path, table in zip(paths, tables, strict=True):
-            cache[table[-1]][(prompt + step) % TILE] = path[-1]
+            cache[table[-1]][(prompt + step) % PAGE] = path[-1]
         for path, table in zip(paths, tables, strict=True):
-            assert [cache[table[place // TILE]][place % TILE] for place in range(len(path))] == path
-            assert len(table) == -(-len(path) // TILE)
+            assert [cache[table[place // PAGE]][place % PAGE] for place in range(len(path))] == path
+            assert len(table) == -(-len(path) // PAGE)
