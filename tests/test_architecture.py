@@ -96,6 +96,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.noise",
     "alpaca_core.engines.batching",
     "alpaca_core.engines.weights",
+    "alpaca_core.engines.quantizing",
     "alpaca_core.engines.recovering",
     "alpaca_core.engines.sharing",
     "alpaca_core.engines.shapes",

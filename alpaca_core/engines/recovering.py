@@ -41,6 +41,10 @@ class ShortOfMemory(Exception):
     """A pass ran out of memory again and again."""
 
 
+class Stopped(BaseException):
+    """Memory ran out in a step of a library that takes each `Exception` for one tensor's and goes on to the next."""
+
+
 def ran_out(error: BaseException | None) -> bool:
     """Say whether an error, or one that it came of, means that memory ran out.
 

@@ -1,20 +1,25 @@
-"""On a GPU: a row's own bits, captures that fail, memory that runs out, the model's device whatever the caller's is."""
+"""On a GPU: a row's own bits, captures that fail, memory that runs out, the model's device, weights in 8 and 4 bits."""
 
+import gc
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from alpaca_core.engines import native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.quantizing import ends_of, recipe
 from alpaca_core.engines.sampling import Warper
 from alpaca_core.spec import Sampling
 from alpaca_core.tokenizer import Tokenizer
 from tests.engines.conftest import wrapped
 from tests.engines.test_native import results, texts
+from tests.engines.test_quantizing import assert_same_bits, both, save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 
@@ -144,3 +149,31 @@ def test_a_model_on_the_second_gpu_runs_while_the_first_is_current(make: Make) -
     with torch.cuda.device(0):
         assert results(make("cuda:1"), prompts) == expected
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_weights_have_the_bits_of_transformers_own_way(
+    make_network: Callable[..., Any], tmp_path: Path, quantization: str, dtype: torch.dtype
+) -> None:
+    save(make_network(hidden_size=256, intermediate_size=512).to(dtype), tmp_path)
+    ours, theirs = both(tmp_path, quantization, dtype, "cuda:0")
+    assert {end.device for end in ends_of(ours).values()} == {torch.device("cuda:0")}
+    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_are_quantized_one_at_a_time(
+    make_network: Callable[..., Any], tmp_path: Path, quantization: str
+) -> None:
+    network = make_network(hidden_size=256, intermediate_size=512, num_hidden_layers=16).bfloat16()
+    largest = max(weight.numel() for weight in network.parameters())
+    network.save_pretrained(tmp_path)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=recipe(quantization, torch.bfloat16), dtype=torch.bfloat16, device_map={"": 0}
+    )
+    assert len(ends_of(quantized)) == 16 * 7
+    # as it was read, in float16 and in 8 bits: 5 bytes a number; the whole network would be 140 times one matrix
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 8 * largest
