@@ -18,7 +18,6 @@ measurement. Sections, each in `--seconds` at most and some more for what must e
 """
 
 import argparse
-import datetime
 import platform
 import time
 from collections.abc import Callable
@@ -112,7 +111,7 @@ class Run:
         chosen = options.dtype if options.dtype != "auto" else "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, chosen)
         self.ceilings: dict[str, float] = {}
-        told = {"date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine()}
+        told = {"processor": platform.processor() or platform.machine()}
         figures.put("machine", machine() | told | {"threads": torch.get_num_threads()})
         figures.put("model", options.model or ("LLaMA-7B's shape" if options.seven_billion else "embedded"))
         figures.put("dtype", chosen)

@@ -8,16 +8,19 @@ Needs 14 GB of disk, and a GPU unless `--layers` makes it small.
 """
 
 import argparse
+import datetime
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from words import Words, write_tokenizer
 
+import alpaca_core
 from alpaca_core import ModelSpec, Sampling, answer, generate, judge, load_model
 from alpaca_core.loading import import_adapter
 from alpaca_core.model import RowError
@@ -166,12 +169,14 @@ def timed(call: Callable[[], Sequence[object]]) -> tuple[Sequence[object], float
 
 
 def machine() -> dict[str, str]:
-    """Name what the figures were measured on."""
+    """Name what the figures were measured on, and of what: `source` is a digest of the package's files."""
     from importlib.metadata import version
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    return {"device": gpu, "python": platform.python_version(), **packages}
+    source = sha256(b"".join(path.read_bytes() for path in sorted(Path(alpaca_core.__file__).parent.rglob("*.py"))))
+    told = {"date": datetime.date.today().isoformat(), "source": source.hexdigest()[:12]}
+    return {"device": gpu, "python": platform.python_version(), **packages, **told}
 
 
 if __name__ == "__main__":

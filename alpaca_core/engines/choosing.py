@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alpaca_core.engines.noise import RowKey, gumbel
-from alpaca_core.engines.sampling import Warper
+from alpaca_core.engines.sampling import COLDEST, Warper
 from alpaca_core.spec import Sampling
 
 _PLAIN = Sampling(temperature=1.0)
@@ -55,15 +55,16 @@ def _on_cpu(logits: Tensor, choices: Sequence[Choice | None], counts: Sequence[i
 
 
 def _on_gpu(logits: Tensor, choices: Sequence[Choice | None], counts: Sequence[int]) -> Tensor:
-    """All rows are warped where one is: other numbers of rows would be summed in another order."""
-    from alpaca_core.engines.kernels import draw
+    from alpaca_core.engines.choice_kernels import cut, draw
+
+    def tensor(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
 
     settings = [choice.sampling if choice else _PLAIN for choice in choices]
+    temperatures = tensor([setting.temperature for setting in settings], torch.float64)
     if any(choice and choice.cut for choice in choices):
-        cuts = [choice.sampling if choice and choice.cut else _PLAIN for choice in choices]
-        logits = logits.masked_fill(Warper(cuts, logits.device)(logits) == -torch.inf, -torch.inf)
-    keys = torch.tensor([choice.key if choice else (0, 0, 0, 0) for choice in choices])
-    temperatures = torch.tensor([setting.temperature for setting in settings], dtype=torch.float64)
-    so_far = torch.tensor(counts)
-    keys, temperatures, so_far = (each.to(logits.device, non_blocking=True) for each in (keys, temperatures, so_far))
-    return draw(logits, keys, so_far, temperatures)
+        ranks = tensor([setting.top_k or 0 for setting in settings], torch.long)
+        masses = tensor([torch.inf if setting.top_p is None else setting.top_p for setting in settings], torch.float64)
+        logits = cut(logits, temperatures.clamp(min=COLDEST), ranks, masses)
+    keys = tensor([choice.key if choice else (0, 0, 0, 0) for choice in choices], torch.long)
+    return draw(logits, keys, tensor(counts, torch.long), temperatures)

@@ -4,104 +4,85 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alpaca_core.engines.decoding import Reply
 from alpaca_core.engines.reading import Reader
-from alpaca_core.engines.recovering import Worker
-from alpaca_core.engines.running import Request, Runner
+from alpaca_core.engines.running import Runner
 from alpaca_core.engines.searching import Searcher
+from alpaca_core.engines.working import Request
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import Completion, GenerateRow, LanguageModel, RowError, ScoreRow
 
 Result = Completion | list[float] | RowError
 
 
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """What a feed of the native engine drives."""
-
-    runner: Runner
-    searcher: Searcher
-    reader: Callable[[list[tuple[int, ScoreRow, int]]], Reader]
-    advance: Callable[[Worker[Any]], Any]
-    number: Callable[[GenerateRow | ScoreRow], int]
-    """Checks a row and gives the number of its adapter, or raises `RowRejected`."""
-    completion: Callable[[GenerateRow, Reply | RowRejected], Completion | RowError]
-
-
 class NativeFeed:
     """A `Feed` of the native engine: in turn a decode step, a step of beams, and a pass over judged rows.
 
-    Judged rows are read together as they have come: those that come while others are read are next.
-
     Args:
-        workers: What it drives.
-        most: Judged rows that are read together at most.
+        runner: For rows without beams.
+        searcher: For rows with beams.
+        reader: For judged rows; those that come between two steps are a line.
+        advance: Lets one of them take a step.
+        number: Checks a row and gives the number of its adapter, or raises `RowRejected`.
+        completion: Of a row and what it has come to.
     """
 
-    def __init__(self, workers: Workers, most: int = 256) -> None:
-        self._workers, self._most = workers, most
-        self._generating: dict[int, tuple[GenerateRow, Request]] = {}
-        self._waiting: dict[int, tuple[ScoreRow, int]] = {}
-        self._scored: set[int] = set()
-        self._reader: Reader | None = None
-        self._ended: list[tuple[int, Result]] = []
+    def __init__(
+        self,
+        runner: Runner,
+        searcher: Searcher,
+        reader: Reader,
+        advance: Callable[[Runner | Searcher | Reader], None],
+        number: Callable[[GenerateRow | ScoreRow], int],
+        completion: Callable[[GenerateRow, Any], Completion | RowError],
+    ) -> None:
+        self._runner, self._searcher, self._reader = runner, searcher, reader
+        self._advance, self._number, self._completion = advance, number, completion
+        self._rows: dict[int, tuple[GenerateRow | ScoreRow, Request]] = {}
+        self._judged: list[tuple[Request, int, ScoreRow, int]] = []  # since the last step
+        self._ended: list[tuple[int, Any]] = []
 
     def __len__(self) -> int:
-        return len(self._generating) + len(self._waiting) + len(self._scored) + len(self._ended)
+        return len(self._rows)
 
     def add(self, key: int, row: GenerateRow | ScoreRow) -> None:
         """Line up a row; one that is refused comes out as a `RowError` at the next step."""
+        request = Request(1, self._ended)
+        self._rows[key] = row, request
         try:
-            number = self._workers.number(row)
+            number = self._number(row)
         except RowRejected as rejection:
-            self._ended.append((key, RowError.of(rejection)))
+            request.end(key, rejection)
             return
         if isinstance(row, ScoreRow):
-            self._waiting[key] = row, number
-            return
-        request = Request(1)
-        worker = self._workers.searcher if row.sampling.num_beams > 1 else self._workers.runner
-        worker.submit(request, [(key, row, number)])
-        self._generating[key] = row, request
+            self._judged.append((request, key, row, number))
+        else:
+            self._worker(row).submit(request, [(key, row, number)])
 
     def drop(self, key: int) -> None:
-        """Take a row out, if it is still there. Of rows that are being judged only the result is dropped."""
-        if key in self._generating:
-            row, request = self._generating.pop(key)
-            (self._workers.searcher if row.sampling.num_beams > 1 else self._workers.runner).cancel(request)
-        self._waiting.pop(key, None)
-        self._scored.discard(key)
-        self._ended = [each for each in self._ended if each[0] != key]
-        if not self._scored and self._reader is not None:
-            self._reader.release()
-            self._reader = None
+        """Take a row out, if it is still there."""
+        if key in self._rows:
+            row, request = self._rows.pop(key)
+            self._judged = [each for each in self._judged if each[1] != key]
+            (self._reader if isinstance(row, ScoreRow) else self._worker(row)).cancel(request)
 
     def step(self) -> list[tuple[int, Result]]:
-        """Take one step of each kind that there are rows for; return the rows that have ended."""
-        ended, self._ended = self._ended, []
-        if self._generating:
-            for worker in (self._workers.runner, self._workers.searcher):
-                self._workers.advance(worker)
-            ended += self._generated()
-        if self._reader is None and self._waiting:
-            keys = list(self._waiting)[: self._most]
-            rows = [(key, *self._waiting.pop(key)) for key in keys]
-            self._scored.update(keys)
-            self._reader = self._workers.reader(rows)
-        if self._reader is not None:
-            for key, outcome in self._workers.advance(self._reader) or ():
-                if key in self._scored:
-                    self._scored.remove(key)
-                    ended.append((key, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome))
-            if self._reader.done:
-                self._reader = None
-        return ended
+        """Take one step of each kind; return the rows that have ended."""
+        judged, self._judged = self._judged, []
+        self._reader.submit(judged)
+        for worker in (self._runner, self._searcher, self._reader):
+            self._advance(worker)
+        ended = [(key, outcome, self._rows.pop(key)[0]) for key, outcome in self._ended if key in self._rows]
+        self._ended.clear()
+        return [(key, self._result(row, outcome)) for key, outcome, row in ended]
 
-    def _generated(self) -> Iterator[tuple[int, Result]]:
-        for key, (row, request) in list(self._generating.items()):
-            if request.ended:
-                del self._generating[key]
-                yield key, self._workers.completion(row, request.ended[0][1])
+    def _worker(self, row: GenerateRow) -> Runner | Searcher:
+        return self._searcher if row.sampling.num_beams > 1 else self._runner
+
+    def _result(self, row: GenerateRow | ScoreRow, outcome: Any) -> Result:
+        if isinstance(row, GenerateRow):
+            return self._completion(row, outcome)
+        found: list[float] | RowError = RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
+        return found
 
 
 class BatchFeed:

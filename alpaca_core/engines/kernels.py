@@ -1,4 +1,4 @@
-"""The forward pass between its matrix products, in Triton, and the choice of tokens.
+"""The forward pass between its matrix products, in Triton.
 
 The same functions as in `eager`, on CUDA. Every loop over keys has fixed blocks that start at the row's own
 beginning, and what a mask hides is not loaded: so a row's numbers come out the same in any company.
@@ -267,64 +267,6 @@ def _join(sum_ptr, norm_ptr, out_ptr, length_ptr, PARTS, HEADS: tl.constexpr, D:
         acc = acc * old + tl.load(sum_ptr + (base + part) * D + at) * fresh
         most = new
     tl.store(out_ptr + (row * HEADS + head) * D + at, (acc / total).to(out_ptr.dtype.element_ty))
-
-
-def draw(logits: Tensor, keys: Tensor, counts: Tensor, temperatures: Tensor) -> Tensor:
-    """Choose a token of each row: the likeliest, or by the row's own Gumbel noise, as `noise.gumbel` has it.
-
-    Args:
-        logits: ``(N, vocab)`` float32; minus infinity is never chosen.
-        keys: Row keys, ``(N, 4)``.
-        counts: Tokens of each response so far.
-        temperatures: float64; 0 is greedy.
-
-    Returns:
-        Tokens, ``(N,)``.
-    """
-    rows, vocab = logits.shape
-    block = 2048
-    parts = triton.cdiv(vocab, block)
-    best = torch.empty(rows, parts, dtype=torch.float64, device=logits.device)
-    which = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
-    _draw[(rows, parts)](logits, best, which, keys, counts, temperatures, vocab, parts, block, num_warps=4)
-    return which.gather(1, best.argmax(1, keepdim=True))[:, 0]
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _draw(logits_ptr, best_ptr, which_ptr, key_ptr, count_ptr, temperature_ptr, VOCAB, PARTS: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """The best token of one part of the vocabulary."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block, word = part * (BLOCK // 4) + tl.arange(0, BLOCK // 4), tl.arange(0, 4)[None]
-    token = block[:, None] * 4 + word
-    score = tl.load(logits_ptr + row * VOCAB + token, token < VOCAB, float("-inf")).to(tl.float64)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature > 0:
-        key = key_ptr + row * 4
-        zero = tl.zeros((BLOCK // 4,), tl.uint32)
-        w0, w1, w2, w3 = _philox(
-            block.to(tl.uint32), zero + tl.load(count_ptr + row).to(tl.uint32),
-            zero + tl.load(key + 2).to(tl.uint32), zero + tl.load(key + 3).to(tl.uint32),
-            zero + tl.load(key).to(tl.uint32), zero + tl.load(key + 1).to(tl.uint32),
-        )  # fmt: skip
-        late = tl.where(word == 2, w2[:, None], w3[:, None])
-        words = tl.where(word == 0, w0[:, None], tl.where(word == 1, w1[:, None], late))
-        uniform = (words.to(tl.float64) + 0.5) * 2.0**-32
-        score = score / temperature - tl.log(-tl.log(uniform))
-    score = tl.where(token < VOCAB, score, float("-inf"))
-    best = tl.max(tl.max(score, 1), 0)
-    tl.store(best_ptr + row * PARTS + part, best)
-    tl.store(which_ptr + row * PARTS + part, tl.min(tl.min(tl.where(score == best, token, VOCAB - 1), 1), 0))
 
 
 def one_row(x: Tensor, weight: Tensor, add_to: Tensor | None) -> Tensor:

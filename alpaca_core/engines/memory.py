@@ -32,24 +32,42 @@ class Memory:
         self.pages = Pages(1)
         self.cache: Tensor = llama.new_cache(1)
         self.version = 0
+        self._first: object = None  # who gets pages before all others
         self._limit: int | None = None
         self._crowded = False  # there was no memory for a second cache beside this one
 
     def take(
-        self, adapter: int, prompt: Sequence[int], size: int, kept: int | None = None
+        self, who: object, adapter: int, prompt: Sequence[int], size: int, kept: int | None = None
     ) -> tuple[list[int], int] | None:
-        """Take the pages of a row, as `Pages.take` does; None where rows have to end first.
+        """Take the pages of a row, as `Pages.take` does; None where rows have to end first, or somebody else is first.
 
         Raises:
             RowRejected: If the memory is too small for this row, however few others there are.
         """
+        if self._first not in (None, who):
+            return None
         needed = -(-size // PAGE)
         taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and self._grow(self.pages.count + needed, 1 + needed):
             taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and (needed >= self._most() or not self.pages.in_use):
             raise too_large(size, self._llama.device)
+        if taken is not None:
+            self._first = None
         return taken
+
+    def wait(self, who: object, *, started: bool) -> None:
+        """Let nobody else take pages before `who`, unless rows of his have started, or somebody else is first.
+
+        Otherwise those whose rows are small would take each page that comes free, and a large one would wait for ever.
+        """
+        if self._first is None and not started:
+            self._first = who
+
+    def leave(self, who: object) -> None:
+        """Let others take pages: `who` needs none now."""
+        if self._first is who:
+            self._first = None
 
     def expect(self, sizes: Sequence[int]) -> None:
         """Make room for rows of these numbers of tokens at once, where nothing has to be copied for it."""

@@ -2,26 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from alpaca_core.engines.engine import Engine
-from alpaca_core.engines.feeding import NativeFeed, Workers
+from alpaca_core.engines.feeding import NativeFeed
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.lora import CausalLM
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.reading import Reader
 from alpaca_core.engines.recovering import Recovery, Worker, ran_out
-from alpaca_core.engines.running import Request, Runner, outcomes
+from alpaca_core.engines.running import Runner
 from alpaca_core.engines.searching import Searcher
 from alpaca_core.engines.shapes import Shape
+from alpaca_core.engines.working import Request
 from alpaca_core.errors import InvalidRequest, RowRejected
 from alpaca_core.identity import shaped
 from alpaca_core.model import Completion, GenerateRow, ModelInfo, RowError, ScoreRow
 from alpaca_core.tokenizer import Tokenizer
-
-Found = TypeVar("Found")
 
 _GPU_TOKENS = 4096
 """Tokens of a pass over prompts on a GPU, where more are no faster."""
@@ -33,9 +32,9 @@ _CPU_TOKENS = 1024
 class NativeModel(Engine):
     """A loaded network of LLaMA's family, run by `Llama`.
 
-    Callers in several threads share passes: whoever waits for a row takes the next step for all, in turn one of
-    the rows without beams and one of those with beams. Where memory runs out the shape of passes may become a
-    smaller one, and `info` another: `recovering.py`.
+    Callers in several threads share passes: whoever waits for a row takes the next steps for all, in turn one of
+    the rows without beams, one of those with beams, and one of judged rows. Where memory runs out the shape of
+    passes may become a smaller one, and `info` another: `recovering.py`.
 
     Args:
         network: One that `llama.runs` accepts. It is not kept, so that its weights are in memory once.
@@ -60,6 +59,7 @@ class NativeModel(Engine):
             shape, self._steady = tried(self._llama, first_shape(self._device, batch_size))
             self._runner = Runner(self._llama, self._memory, shape, info.eos_ids)
             self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
+            self._reader = Reader(self._llama, self._memory, shape)
         self._loaded = info
         self._recovery = Recovery(shape, self._changed)
         self._tell(shape)
@@ -77,67 +77,63 @@ class NativeModel(Engine):
         request = Request(len(plain) + len(beams))
         with self._lock:
             self._open()
-            runner, searcher = self._runner, self._searcher
-            runner.submit(request, plain)
-            searcher.submit(request, beams)
-        try:
-            while request.left or request.ended:
-                for worker in (runner, searcher):
-                    with self._lock, self._at_device():
-                        self._open()
-                        if not request.ended:
-                            self._recovery.advance(worker)
-                    for index, outcome in outcomes(request):
-                        yield index, self._completion(rows[index], outcome)
-        finally:
-            with self._lock:
-                runner.cancel(request)
-                searcher.cancel(request)
+            self._runner.submit(request, plain)
+            self._searcher.submit(request, beams)
+        for index, outcome in self._driven(request):
+            yield index, self._completion(rows[index], outcome)
 
     def loglikelihood(self, rows: Sequence[ScoreRow]) -> Iterator[tuple[int, list[float] | RowError]]:
         """Score each row's trie: for each node log P(token | prompt, path to its parent), in nats."""
-        ready = []
+        ready: list[tuple[int, ScoreRow, int]] = []
         for index, row in enumerate(rows):
             try:
                 ready.append((index, row, self._number(row)))
             except RowRejected as rejection:
                 yield index, RowError.of(rejection)
-        reader = self._reader(ready)
-        try:
-            while not reader.done:
-                with self._lock, self._at_device():
-                    self._open()
-                    ended = self._recovery.advance(reader)
-                for index, outcome in ended or ():
-                    yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
-        finally:
-            with self._lock:
-                reader.release()
+        request = Request(len(ready))
+        with self._lock:
+            self._open()
+            self._reader.submit([(request, *each) for each in ready])
+        for index, outcome in self._driven(request):
+            yield index, RowError.of(outcome) if isinstance(outcome, RowRejected) else outcome
 
     def feed(self) -> NativeFeed:
         """Open the engine step by step; one thread uses it, and nobody calls the other methods meanwhile."""
-        return NativeFeed(
-            Workers(self._runner, self._searcher, self._reader, self._advance, self._number, self._completion)
-        )
-
-    def _reader(self, rows: list[tuple[int, ScoreRow, int]]) -> Reader:
         self._open()
-        assert self._llama is not None
-        return Reader(self._llama, self._memory, self._recovery.shape, rows)
+        return NativeFeed(self._runner, self._searcher, self._reader, self._advance, self._number, self._completion)
 
-    def _advance(self, worker: Worker[Found]) -> Found | None:
+    def _driven(self, request: Request) -> Iterator[tuple[int, Any]]:
+        """Let all workers take steps in turn, until the rows of a request have come back."""
+        try:
+            while request.left or request.ended:
+                for worker in self._workers:
+                    with self._lock:
+                        self._open()
+                        if not request.ended:
+                            self._advance(worker)
+                    yield from request.take()
+        finally:
+            with self._lock:
+                for worker in self._workers:
+                    worker.cancel(request)
+
+    @property
+    def _workers(self) -> tuple[Runner | Searcher | Reader, ...]:
+        return () if self._llama is None else (self._runner, self._searcher, self._reader)
+
+    def _advance(self, worker: Worker) -> None:
         with self._at_device():
-            return self._recovery.advance(worker)
+            self._recovery.advance(worker)
 
     def close(self) -> None:
         """Free the memory of weights and cache. Iterators that are still open raise at their next step."""
         with self._lock:
             if self._llama is not None:
+                for worker in self._workers:
+                    worker.close()
                 self._llama = None
                 self._memory.close()
-                self._runner.close()
-                self._searcher.close()
-                del self._memory, self._runner, self._searcher
+                del self._memory, self._runner, self._searcher, self._reader
         self._give_back()
 
     def _changed(self, shape: Shape) -> None:

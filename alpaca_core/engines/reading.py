@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from alpaca_core.engines.packing import TILE, Tile, prompt_tiles, text_tiles, tr
 from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
+from alpaca_core.engines.working import Request
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import ScoreRow, Scores, Trie
 
@@ -34,9 +35,11 @@ _FEW_HEADS = 16
 class _Reading:
     """A row on its way: `open` counts its tiles whose results have not arrived."""
 
+    request: Request
     index: int
     row: ScoreRow
     adapter: int
+    children: dict[int, list[int]]  # of each inner node, and of -1, the prompt's end
     scores: list[float]
     pages: list[int] = field(default_factory=list)
     open: int = 0
@@ -76,48 +79,68 @@ class _Pass:
 
 
 class Reader:
-    """Scores the rows of one request, pass by pass, as a `recovering.Worker`.
+    """Scores the rows of all requests, pass by pass, as a `recovering.Worker`. Its methods are called under a lock.
+
+    Rows that are submitted together are a line, in the order of their prompts; lines take turns, a pass each.
 
     Args:
         llama: The weights.
         memory: The cache.
         shape: The sizes of passes.
-        rows: Rows that fit the context, each with its index and the number of its adapter.
 
     Attributes:
         shape: The sizes of passes.
         finished: Rows that have come out of passes.
     """
 
-    def __init__(self, llama: Llama, memory: Memory, shape: Shape, rows: Sequence[tuple[int, ScoreRow, int]]) -> None:
-        self._llama, self._memory, self._rows = llama, memory, rows
+    def __init__(self, llama: Llama, memory: Memory, shape: Shape) -> None:
+        self._llama, self._memory = llama, memory
         self.shape = shape
         self.finished = 0
         self._most = math.inf  # rows at once
-        waiting = [_Reading(index, row, adapter, [0.0] * len(row.continuations.tokens)) for index, row, adapter in rows]
-        self._waiting = deque(sorted(waiting, key=lambda each: (each.adapter, each.row.prompt_ids)))
+        self._lines: deque[deque[_Reading]] = deque()
         self._nodes: _Batch = []  # tiles of tries whose prompts have been read
         self._passes: deque[_Pass] = deque()
         self._held: dict[int, _Reading] = {}
-        self._refused: list[tuple[int, RowRejected]] = []
-        self._children: dict[int, dict[int, list[int]]] = {}
 
-    @property
-    def done(self) -> bool:
-        """Whether all rows have come out."""
-        return not (self._waiting or self._held or self._refused)
+    def submit(self, rows: Sequence[tuple[Request, int, ScoreRow, int]]) -> None:
+        """Line up rows that fit the context, each with its request, its index there and the number of its adapter."""
+        tries = {id(row.continuations): row.continuations for _, _, row, _ in rows}
+        children = {key: _children(trie) for key, trie in tries.items()}  # made once for rows that share a trie
+        line = [
+            _Reading(
+                request, index, row, adapter, children[id(row.continuations)], [0.0] * len(row.continuations.tokens)
+            )
+            for request, index, row, adapter in rows
+        ]
+        if line:
+            self._lines.append(deque(sorted(line, key=lambda each: (each.adapter, each.row.prompt_ids))))
 
     @torch.inference_mode()
-    def advance(self) -> list[tuple[int, list[float] | RowRejected]]:
-        """Read the next prompts, and inner nodes when they fill a pass; return the rows that are complete.
+    def cancel(self, request: Request) -> None:
+        """Take the rest of a request's rows out."""
+        request.cancelled = True
+        lines = (deque(each for each in line if each.request is not request) for line in self._lines)
+        self._lines = deque(line for line in lines if line)
+        if any(reading.request is request for reading in self._held.values()):
+            self._settle()
+        for reading in [each for each in self._held.values() if each.request is request]:
+            self._nodes = [each for each in self._nodes if each[1][0] is not reading]
+            self._leave(reading)
+        self._memory.leave(self)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Read the next prompts, and inner nodes when they fill a pass.
 
         After an error all rows that are not complete are back in line, and their results will be the same.
 
         Raises:
             ShortOfMemory: If one row alone ran out of memory; it is the first in line again.
         """
-        before = len(self._passes)
-        short = None
+        if not (self._lines or self._held):
+            return
+        before, finished = len(self._passes), self.finished
         try:
             many = sum(len(tile.ids) for tile, _ in self._nodes) >= self.shape.tokens
             tiles = [] if many else self._prompts()
@@ -125,29 +148,21 @@ class Reader:
             if many or not tiles:
                 nodes, self._nodes = self._nodes, []
                 self._read(nodes, every=True)
-        except ShortOfMemory as error:
-            short = error
+        except ShortOfMemory:
+            self._settle()
+            self._most = max(1, len(self._held) // 2)
+            alone = len(self._held) == 1 and self.finished == finished
+            self._line_up()
+            if alone:
+                raise
+            return
         except BaseException:
             self._line_up()
             raise
-        keep = len(self._passes) > before and bool(self._waiting or self._nodes)  # one runs while we look at others
-        ended: list[_Reading] = []
-        while len(self._passes) > (keep and not short):
-            ended += self._passes.popleft().settle()
-        for reading in ended:
-            del self._held[id(reading)]
-            self._memory.release(reading.pages, spoilt=not reading.finite)
-        if ended:
-            self.finished += len(ended)
-            self._most = math.inf
-        if short is not None:
-            self._most = max(1, len(self._held) // 2)
-            alone = len(self._held) == 1 and not ended
-            self._line_up()
-            if alone:
-                raise short
-        refused, self._refused = self._refused, []
-        return [*refused, *((reading.index, self._outcome(reading)) for reading in ended)]
+        if len(self._passes) > before and (self._lines or self._nodes):
+            self._settle(keep=1)  # that one runs while we look at others
+        else:
+            self._settle()
 
     def begin_again(self, shape: Shape) -> None:
         """Put the rows on their way back in line, and take another shape."""
@@ -158,56 +173,73 @@ class Reader:
 
     def give_up(self) -> None:
         """End the first row in line with an error: there is no memory for it."""
-        reading = self._waiting.popleft()
-        self._refused.append((reading.index, too_large(reading.size, self._llama.device)))
+        reading = self._next()
+        reading.request.end(reading.index, too_large(reading.size, self._llama.device))
 
-    def _outcome(self, reading: _Reading) -> Scores | RowRejected:
-        return Scores(reading.scores, self.shape.name) if reading.finite else _not_finite()
+    def close(self) -> None:
+        """Let go of what takes memory."""
+        self._passes.clear()
+
+    def _settle(self, keep: int = 0) -> None:
+        """Look at the results of all passes but the last `keep`, and hand out the rows that are complete."""
+        while len(self._passes) > keep:
+            for reading in self._passes.popleft().settle():
+                self._leave(reading)
+                outcome = Scores(reading.scores, self.shape.name) if reading.finite else _not_finite()
+                reading.request.end(reading.index, outcome)
+                self.finished += 1
+                self._most = math.inf
+
+    def _leave(self, reading: _Reading) -> None:
+        del self._held[id(reading)]
+        self._memory.release(reading.pages, spoilt=not reading.finite)
 
     def _line_up(self) -> None:
         """Put the rows on their way back to the front of the line, to begin again."""
         held = list(self._held.values())
-        self.release()
-        self._memory.pages.forget()
-        for reading in reversed(held):
-            reading.pages, reading.open, reading.finite = [], 0, True
-            self._waiting.appendleft(reading)
-
-    def release(self) -> None:
-        """Drop what has been read of the rows that are not complete, and give their pages back."""
-        for reading in self._held.values():
+        for reading in held:
             self._memory.release(reading.pages)
+            reading.pages, reading.open, reading.finite = [], 0, True
         self._held.clear()
         self._nodes.clear()
         self._passes.clear()
+        self._memory.pages.forget()
+        if held:
+            self._lines.appendleft(deque(held))
+
+    def _next(self) -> _Reading:
+        """Take the next row out of its line."""
+        reading = self._lines[0].popleft()
+        if not self._lines[0]:
+            self._lines.popleft()
+        return reading
 
     def _prompts(self) -> _Batch:
         """Start rows until a pass is full: the tiles of their prompts; those of their nodes wait."""
         batch: _Batch = []
         room = self.shape.tokens
-        next_rows = islice(self._waiting, int(min(4 * self.shape.most_ends, self._most)))
+        next_rows = islice(chain(*self._lines), int(min(4 * self.shape.most_ends, self._most)))
         self._memory.expect([len(each.row.prompt_ids) for each in next_rows])
-        while self._waiting and len(self._held) < self._most:
-            reading = self._waiting[0]
+        while self._lines and len(self._held) < self._most:
+            reading = self._lines[0][0]
             prompt = reading.row.prompt_ids
             begun = self._memory.pages.known(str(reading.adapter), prompt)
             left, cuts = len(prompt) - begun, -(-len(prompt) // TILE) - begun // TILE
             if batch and (left > room or len(batch) + cuts > self.shape.most_ends):
+                self._lines.rotate(-1)
                 break
             try:
-                taken = self._memory.take(reading.adapter, prompt, len(prompt))
-                if taken is None:  # until rows end that hold pages
-                    break
-                reading.pages, known = taken
-                inner = self._inner(reading)
-                if inner is None:
-                    break
+                taken = self._memory.take(self, reading.adapter, prompt, len(prompt))
+                if taken is not None:
+                    reading.pages, known = taken
+                    inner = self._inner(reading)
             except RowRejected as rejection:
-                self._waiting.popleft()
-                self._refused.append((reading.index, rejection))
+                self._next().request.end(reading.index, rejection)
                 continue
-            self._waiting.popleft()
-            self._held[id(reading)] = reading
+            if taken is None or inner is None:  # until rows end that hold pages; nobody overtakes this one
+                self._memory.wait(self, started=bool(self._held))
+                break
+            self._held[id(self._next())] = reading
             tiles = list(prompt_tiles(prompt, reading.pages, known, reading.adapter))
             batch += [(tile, (reading, [-1] if tile is tiles[-1] else [])) for tile in tiles]
             self._nodes += inner
@@ -231,7 +263,7 @@ class Reader:
             text = (*prompt, *(trie.tokens[node] for node in path))
             try:
                 # what is behind the prompt is read later, when others may have looked for it
-                taken = self._memory.take(reading.adapter, text, len(text), kept=len(prompt))
+                taken = self._memory.take(self, reading.adapter, text, len(text), kept=len(prompt))
             except RowRejected:
                 self._memory.release(reading.pages, spoilt=True)
                 raise
@@ -277,23 +309,21 @@ class Reader:
         tokens: list[int] = []
         to: list[tuple[_Reading, int]] = []
         for lane, (_, reading, node) in enumerate(wanted):
-            trie = reading.row.continuations
-            children = self._children_of(trie)[node]
+            children = reading.children[node]
             lanes += [lane] * len(children)
-            tokens += [trie.tokens[child] for child in children]
+            tokens += [reading.row.continuations.tokens[child] for child in children]
             to += [(reading, child) for child in children]
         lane, token = torch.tensor([lanes, tokens], dtype=torch.long).to(states.device, non_blocking=True)
         found.edges.append((to, Arriving(logits[lane, token] - norms[lane])))
         found.norms.append(([reading for _, reading, _ in wanted], Arriving(norms)))
 
-    def _children_of(self, trie: Trie) -> dict[int, list[int]]:
-        """The children of each inner node, and of the prompt's end; made once for rows that share a trie."""
-        if id(trie) not in self._children:
-            children: dict[int, list[int]] = {-1: []}
-            for node, parent in enumerate(trie.parents):
-                children.setdefault(parent, []).append(node)
-            self._children[id(trie)] = children
-        return self._children[id(trie)]
+
+def _children(trie: Trie) -> dict[int, list[int]]:
+    """The children of each inner node, and of the prompt's end."""
+    children: dict[int, list[int]] = {-1: []}
+    for node, parent in enumerate(trie.parents):
+        children.setdefault(parent, []).append(node)
+    return children
 
 
 def _not_finite() -> RowRejected:

@@ -36,7 +36,6 @@ _collect_after = 0.0
 _passes = 0
 
 _Found = TypeVar("_Found")
-_Found_co = TypeVar("_Found_co", covariant=True)
 
 
 class ShortOfMemory(Exception):
@@ -55,6 +54,10 @@ def count_pass() -> None:
     """Note that a pass has been run, where that is not done by `persevere`."""
     global _passes
     _passes += 1
+
+
+class Stopped(BaseException):
+    """Memory ran out in a step of a library that takes each `Exception` for one tensor's and goes on to the next."""
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -117,14 +120,14 @@ def too_large(tokens: int, device: torch.device) -> RowRejected:
     )
 
 
-class Worker(Protocol[_Found_co]):
+class Worker(Protocol):
     """Whoever runs rows, step by step; `Recovery` tells it what to do where memory is short."""
 
     shape: Shape
     finished: int  # rows that have come out
 
-    def advance(self) -> _Found_co:
-        """Take a step.
+    def advance(self) -> None:
+        """Take a step, if there is one to take.
 
         Raises:
             ShortOfMemory: If one row alone ran out of memory. It is the first in line again.
@@ -157,13 +160,14 @@ class Recovery:
         self._before: Shape | None = None  # where the shapes began to shrink, if no row has come out since
         self._given_up = 0  # rows since the last one that came out
 
-    def advance(self, worker: Worker[_Found]) -> _Found | None:
-        """Let a worker take a step; None where it could not, and is to take another."""
+    def advance(self, worker: Worker) -> None:
+        """Let a worker take a step; where memory is short, change what the next one takes."""
         if worker.shape != self.shape:
             worker.begin_again(self.shape)
         finished = worker.finished
         try:
-            return worker.advance()
+            worker.advance()
+            return
         except ShortOfMemory:
             pass
         finally:
@@ -179,15 +183,14 @@ class Recovery:
             self._given_up += 1
             if self._given_up == 1:  # the way down again for each of many rows would take long
                 self._return(worker)
-        return None
 
-    def _return(self, worker: Worker[object]) -> None:
+    def _return(self, worker: Worker) -> None:
         """Take the shape from before rows were given up: it was them."""
         if self._before is not None:
             self._take(self._before, worker)
             self._before = None
 
-    def _take(self, shape: Shape, worker: Worker[object]) -> None:
+    def _take(self, shape: Shape, worker: Worker) -> None:
         self.shape = shape
         worker.begin_again(shape)
         self._changed(shape)

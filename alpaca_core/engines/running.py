@@ -6,7 +6,7 @@ which rows have ended (a slot computes one token too many, which nobody reads).
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -20,66 +20,41 @@ from alpaca_core.engines.graphs import Stepper
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import row_key
-from alpaca_core.engines.packing import PAGE, Tile, prompt_tiles
-from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
+from alpaca_core.engines.packing import PAGE, Tile
+from alpaca_core.engines.recovering import ShortOfMemory, persevere
 from alpaca_core.engines.results import Arriving
 from alpaca_core.engines.shapes import Shape
+from alpaca_core.engines.working import Generated, Generating, Request
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import GenerateRow
 
 _Whose = TypeVar("_Whose")
 
 
-class Request:
-    """The rows of one caller: how many are still out, and what has come back."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.ended: list[tuple[int, Reply | RowRejected]] = []
-        self.cancelled = False
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Row(Generated):
     """A row on its way. `drawn` counts the tokens that the device has chosen, `tokens` holds those known here."""
 
-    request: Request
-    index: int
-    row: GenerateRow
-    adapter: int
     choice: Choice
-    pages: list[int] = field(default_factory=list)
     slot: int = -1
-    drawn: int = 0
     tokens: list[int] = field(default_factory=list)
     over: bool = False
 
-    @property
-    def size(self) -> int:
-        """Tokens that it may hold in the end."""
-        return len(self.row.prompt_ids) + self.row.sampling.max_new_tokens
 
-
-class Runner:
-    """Runs the rows of all requests, as a `recovering.Worker`. Its methods are called under a lock.
+class Runner(Generating[_Row]):
+    """Runs the rows without beams of all requests, in slots.
 
     Args:
         llama: The weights.
         memory: The cache.
         shape: Slots, and the sizes of passes over prompts.
         eos_ids: Tokens that end a response.
-
-    Attributes:
-        shape: The sizes of passes; only smaller ones than the first follow.
-        finished: Rows that have come out of passes.
     """
 
     def __init__(self, llama: Llama, memory: Memory, shape: Shape, eos_ids: Collection[int]) -> None:
-        self._llama, self._memory = llama, memory
+        super().__init__(llama, memory)
         self._eos_ids = frozenset(eos_ids)
-        self._waiting: deque[_Row] = deque()
         self._behind: deque[tuple[Arriving, list[_Row]]] = deque()
-        self.finished = 0
         device, slots = llama.device, shape.slots + 1  # the last one is nobody's
         self._first = (
             torch.zeros(slots, dtype=torch.long, device=device),
@@ -104,7 +79,7 @@ class Runner:
         """Line up rows of a request that fit the context, each with its index and the number of its adapter."""
         for index, row, adapter in rows:
             choice = Choice(row.sampling, row_key(row.sampling.seed, row.prompt_ids, row.sample_index))
-            self._waiting.append(_Row(request, index, row, adapter, choice))
+            self._waiting.append(_Row(request=request, index=index, row=row, adapter=adapter, choice=choice))
 
     def cancel(self, request: Request) -> None:
         """Take the rest of a request's rows out."""
@@ -113,6 +88,7 @@ class Runner:
         self._leave([row for row in self._rows if row and row.request is request])
         # those whose last token is on its way have left their slots, but not their pages
         self._leave([row for _, rows in self._behind for row in rows if row.request is request])
+        self._memory.leave(self)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -129,46 +105,22 @@ class Runner:
             if any(self._rows):
                 self._step()
         except ShortOfMemory:
-            self._look_at_all()
             if not self._retreat():
                 raise
         while self._behind and (len(self._behind) > self.shape.fixed or not any(self._rows)):
             self._look(*self._behind.popleft())
 
-    @torch.inference_mode()
-    def begin_again(self, shape: Shape) -> None:
-        """Put the rows on their way back in line, and take another shape."""
-        self._look_at_all()
-        self._line_up([row for row in self._rows if row])
-        most = min(self._most, shape.slots) if shape.slots <= self.shape.slots else shape.slots
-        self._take(shape)
-        self._most = most
-
-    def give_up(self) -> None:
-        """End the first row in line with an error: there is no memory for it."""
-        row = self._waiting.popleft()
-        self._end(row, too_large(row.size, self._llama.device))
-
-    def _retreat(self) -> bool:
-        """Take fewer rows at once; False where it was one alone.
-
-        Rows whose prompts were to be read go back in line, or else the younger half of those that have begun.
-        """
-        unread = [row for row in self._rows if row and not row.drawn]
-        begun = sorted((row for row in self._rows if row and row.drawn), key=lambda row: -row.drawn)
-        most = len(begun) + len(unread) // 2 if unread else len(begun) // 2
-        self._line_up(unread or begun[most:])
-        self._most = max(1, most)
-        return most > 0 or not (unread or begun)
+    def _started(self) -> list[_Row]:
+        return [row for row in self._rows if row]
 
     def _line_up(self, rows: Sequence[_Row]) -> None:
-        """Put rows back to the front of the line, to begin again."""
         self._leave(rows)
-        for row in rows:
+        for row in rows[::-1]:
             row.over = True  # what may still arrive for it
-        self._waiting.extendleft(_Row(row.request, row.index, row.row, row.adapter, row.choice) for row in rows[::-1])
+            again = _Row(request=row.request, index=row.index, row=row.row, adapter=row.adapter, choice=row.choice)
+            self._waiting.appendleft(again)
 
-    def _look_at_all(self) -> None:
+    def _settle(self) -> None:
         while self._behind:
             self._look(*self._behind.popleft())
 
@@ -186,19 +138,9 @@ class Runner:
         self._memory.expect([row.size for row in next_rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         try:
-            while self._waiting and free:
-                row = self._waiting[0]
-                prompt = row.row.prompt_ids
-                try:
-                    taken = self._memory.take(row.adapter, prompt, row.size)
-                except RowRejected as rejection:
-                    self._end(self._waiting.popleft(), rejection)
-                    continue
-                if taken is None:
-                    break
-                row.pages, row.slot = taken[0], free.pop(0)
-                self._rows[row.slot] = self._waiting.popleft()
-                mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
+            for row, mine in self._admit(len(next_rows)):
+                row.slot = free.pop(0)
+                self._rows[row.slot] = row
                 tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
             for batch in self.shape.passes(tiles):
                 if found := persevere(partial(self._read, batch), self._llama.device):
@@ -206,7 +148,7 @@ class Runner:
         except BaseException as error:
             self._memory.pages.forget()
             if not isinstance(error, ShortOfMemory):
-                self._line_up([row for row in self._rows if row and not row.drawn])
+                self._line_up([row for row in self._started() if not row.drawn])
             raise
 
     def _read(self, batch: Sequence[tuple[Tile, _Row | None]]) -> tuple[list[_Row], Arriving] | None:
@@ -239,7 +181,7 @@ class Runner:
 
         Nothing is written to the slots, and nothing noted, before all that takes memory is done.
         """
-        members = [row for row in self._rows if row]
+        members = self._started()
         longest = max(len(row.row.prompt_ids) + row.drawn for row in members)
         if self.shape.fixed:
             lanes, rows = None, list(self._rows)
@@ -296,11 +238,7 @@ class Runner:
 
     def _end(self, row: _Row, outcome: Reply | RowRejected) -> None:
         row.over = True
-        row.request.left -= 1
-        row.request.ended.append((row.index, outcome))
-        if isinstance(outcome, RowRejected):
-            self._memory.release(row.pages, spoilt=True)
-            row.pages = []
+        super()._end(row, outcome)
 
     def _leave(self, rows: Sequence[_Row], *, over: bool = True) -> None:
         """Empty the slots of rows; `over` gives their pages back, too."""
@@ -316,12 +254,6 @@ class Runner:
             if over:
                 self._memory.release(row.pages)
                 row.pages = []
-
-
-def outcomes(request: Request) -> Iterator[tuple[int, Reply | RowRejected]]:
-    """Take out what has come back."""
-    ended, request.ended = request.ended, []
-    yield from ended
 
 
 def read_pass(

@@ -12,7 +12,7 @@ from torch import Tensor
 from alpaca_core.engines.noise import RowKey, gumbel
 from alpaca_core.spec import Sampling
 
-_COLDEST = 1e-30
+COLDEST = 1e-30
 """Colder is as good as greedy, and would overflow."""
 _ALL = 2**31
 """No vocabulary is larger."""
@@ -34,7 +34,7 @@ class Warper:
             return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
         self._min_keep = min_keep
-        self._temperature = column([max(setting.temperature, _COLDEST) for setting in settings])
+        self._temperature = column([max(setting.temperature, COLDEST) for setting in settings])
         ranks = [max(min(setting.top_k, _ALL), min_keep) if setting.top_k else 0 for setting in settings]
         self._most = max(ranks)
         self._rank = column(list(ranks)).long()  # 0: unset

@@ -20,32 +20,27 @@ from alpaca_core.engines.graphs import Stepper
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.noise import gumbel, row_key
-from alpaca_core.engines.packing import PAGE, Tile, prompt_tiles
-from alpaca_core.engines.recovering import ShortOfMemory, persevere, too_large
-from alpaca_core.engines.running import Request, read_pass
+from alpaca_core.engines.packing import PAGE, Tile
+from alpaca_core.engines.recovering import ShortOfMemory, persevere
+from alpaca_core.engines.running import read_pass
 from alpaca_core.engines.shapes import Shape
+from alpaca_core.engines.working import Generated, Generating, Request
 from alpaca_core.errors import RowRejected
 from alpaca_core.model import GenerateRow
 
 
-@dataclass(eq=False, slots=True)
-class _Row:
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Row(Generated):
     """A row on its way; `drawn` counts the tokens of its live beams.
 
     `tables` are the pages of the beams that the last step read, `parents` says which of them go on, and is empty
     once the tables have followed; `tails` are the tokens to read next.
     """
 
-    request: Request
-    index: int
-    row: GenerateRow
-    adapter: int
     beams: Beams | None = None
-    pages: list[int] = field(default_factory=list)
     tables: list[list[int]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     tails: list[int] = field(default_factory=list)
-    drawn: int = 0
 
     @property
     def lanes(self) -> int:
@@ -65,8 +60,8 @@ class _Row:
         return PAGE * (prompt // PAGE + self.lanes * (whole - prompt // PAGE))
 
 
-class Searcher:
-    """Runs the rows with beams of all requests, as a `recovering.Worker`. Its methods are called under a lock.
+class Searcher(Generating[_Row]):
+    """Runs the rows with beams of all requests.
 
     Rows run together as long as they have no more beams than there are slots; one that has more runs alone, in
     several passes a step.
@@ -76,18 +71,12 @@ class Searcher:
         memory: The cache.
         shape: Slots, and the sizes of passes over prompts.
         eos_ids: Tokens that end a response.
-
-    Attributes:
-        shape: The sizes of passes; only smaller ones than the first follow.
-        finished: Rows that have come out of passes.
     """
 
     def __init__(self, llama: Llama, memory: Memory, shape: Shape, eos_ids: Collection[int]) -> None:
-        self._llama, self._memory = llama, memory
+        super().__init__(llama, memory)
         self._eos_ids = frozenset(eos_ids)
-        self._waiting: deque[_Row] = deque()
         self._live: list[_Row] = []
-        self.finished = 0
         device, lanes = llama.device, shape.lanes + 1  # the last one is nobody's
         self._first = (
             torch.zeros(lanes, dtype=torch.long, device=device),
@@ -108,13 +97,16 @@ class Searcher:
 
     def submit(self, request: Request, rows: Sequence[tuple[int, GenerateRow, int]]) -> None:
         """Line up rows of a request that fit the context, each with its index and the number of its adapter."""
-        self._waiting.extend(_Row(request, index, row, adapter) for index, row, adapter in rows)
+        for index, row, adapter in rows:
+            self._waiting.append(_Row(request=request, index=index, row=row, adapter=adapter))
 
     def cancel(self, request: Request) -> None:
         """Take the rest of a request's rows out."""
+        request.cancelled = True
         self._waiting = deque(row for row in self._waiting if row.request is not request)
         for row in [row for row in self._live if row.request is request]:
             self._leave(row)
+        self._memory.leave(self)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -134,36 +126,16 @@ class Searcher:
             if not self._retreat():
                 raise
 
-    def begin_again(self, shape: Shape) -> None:
-        """Put the rows on their way back in line, and take another shape."""
-        self._line_up(self._live)
-        most = min(self._most, shape.slots) if shape.slots <= self.shape.slots else shape.slots
-        self._take(shape)
-        self._most = most
+    def _started(self) -> list[_Row]:
+        return list(self._live)
 
-    def give_up(self) -> None:
-        """End the first row in line with an error: there is no memory for it."""
-        row = self._waiting.popleft()
-        self._end(row, too_large(row.size, self._llama.device))
-
-    def _retreat(self) -> bool:
-        """Take fewer rows at once; False where it was one alone.
-
-        Rows whose prompts were to be read go back in line, or else the younger half of those that have begun.
-        """
-        unread = [row for row in self._live if not row.drawn]
-        begun = sorted((row for row in self._live if row.drawn), key=lambda row: -row.drawn)
-        most = len(begun) + len(unread) // 2 if unread else len(begun) // 2
-        self._line_up(unread or begun[most:])
-        self._most = max(1, most)
-        return most > 0 or not (unread or begun)
+    def _settle(self) -> None:
+        """Nothing is computed that is not looked at."""
 
     def _line_up(self, rows: Sequence[_Row]) -> None:
-        """Put rows back to the front of the line, to begin again."""
-        again = [_Row(row.request, row.index, row.row, row.adapter) for row in rows]
-        for row in list(rows):
+        for row in rows[::-1]:
             self._leave(row)
-        self._waiting.extendleft(again[::-1])
+            self._waiting.appendleft(_Row(request=row.request, index=row.index, row=row.row, adapter=row.adapter))
 
     def close(self) -> None:
         """Let go of what takes memory."""
@@ -184,19 +156,9 @@ class Searcher:
         self._memory.expect([row.size for row in rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         try:
-            for row in rows:
-                prompt = row.row.prompt_ids
-                try:
-                    taken = self._memory.take(row.adapter, prompt, row.size)
-                except RowRejected as rejection:
-                    self._end(self._waiting.popleft(), rejection)
-                    continue
-                if taken is None:
-                    break
-                row.pages = taken[0]
-                self._live.append(self._waiting.popleft())
-                row.tables = [row.pages[: -(-len(prompt) // PAGE)]]
-                mine = list(prompt_tiles(prompt, row.pages, taken[1], row.adapter))
+            for row, mine in self._admit(len(rows)):
+                self._live.append(row)
+                row.tables = [row.pages[: -(-len(row.row.prompt_ids) // PAGE)]]
                 tiles += [(tile, row if tile is mine[-1] else None) for tile in mine]
             for batch in self.shape.passes(tiles):
                 read = partial(read_pass, self._llama, self._memory, self.shape, batch)
@@ -289,8 +251,7 @@ class Searcher:
         self._end(row, outcome)
 
     def _end(self, row: _Row, outcome: Reply | RowRejected) -> None:
-        row.request.left -= 1
-        row.request.ended.append((row.index, outcome))
+        row.request.end(row.index, outcome)
         self._leave(row, spoilt=isinstance(outcome, RowRejected))
 
     def _leave(self, row: _Row, *, spoilt: bool = False) -> None:

@@ -90,7 +90,7 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     tokenizer = base.open_tokenizer()
     memory = bytes_needed(base, "none", dtype)
     _check_memory(spec, base, device, memory)
-    stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base, torch.device("cpu")))
+    stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base))
     check_finite(stored, base, dtype)
     # vLLM leaves out tensors that are missing, in silence: transformers reports them, on a network without memory
     check_adapters(open_network(spec, base, torch.device("meta"), dtype), adapters, dtype)

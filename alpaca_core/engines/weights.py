@@ -16,7 +16,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -26,7 +25,7 @@ from alpaca_core.adapters import Adapter, find_adapters
 from alpaca_core.checkpoints import Checkpoint, find_base, read_json
 from alpaca_core.engines.conversion import convert_tokenizer, unpack_gguf
 from alpaca_core.engines.lora import CausalLM, attach, merge
-from alpaca_core.engines.recovering import ran_out
+from alpaca_core.engines.recovering import Stopped, ran_out
 from alpaca_core.engines.sharing import keep, room
 from alpaca_core.errors import DeviceUnavailable, InvalidCheckpoint, NotEnoughMemory, UnsafeCheckpoint
 from alpaca_core.identity import identity
@@ -68,16 +67,15 @@ def load_weights(spec: ModelSpec, started: float | None = None) -> Weights:
         open_network(spec.model_copy(update={"quantization": "none"}), base, torch.device("meta"), dtype)
     try:
         network: Any = open_network(spec, base, device, dtype)
+        if spec.quantization != "none":
+            _check_quantized(network, spec.quantization, base, dtype)
         if adapters:
             network = attach(network, adapters, dtype)
         if spec.merge_adapter:
             network = merge(network)
         network.eval().requires_grad_(False)
-        quantized = spec.quantization != "none"
-        # quantized weights hide NaN: their numbers are integers, so those of the files are looked at
-        stored = ((name, file.get_tensor(name)) for name, file in stored_tensors(base, device))
-        check_finite(stored if quantized else network.named_parameters(), base, dtype)
-    except Exception as error:
+        check_finite(network.named_parameters(), base, dtype)
+    except (Exception, Stopped) as error:
         if not ran_out(error):
             raise
         loading = " and ".join(repr(name) for name in (base.name, *(adapter.info.source for adapter in adapters)))
@@ -163,7 +161,7 @@ def bytes_needed(base: Checkpoint, quantization: str, dtype: torch.dtype) -> flo
     """Compute from the headers of the files what the weights will take, in bytes."""
     per_linear = {"none": dtype.itemsize, "int8": 1.0, "nf4": 0.5}[quantization]
     total = 0.0
-    for name, file in stored_tensors(base, torch.device("cpu")):
+    for name, file in stored_tensors(base):
         shape = file.get_slice(name).get_shape()
         linear = len(shape) == 2 and "embed" not in name and "lm_head" not in name
         total += torch.Size(shape).numel() * (per_linear if linear else dtype.itemsize)
@@ -193,11 +191,10 @@ _SMALLER = "Use quantization='int8' or 'nf4', a narrower dtype, a smaller model,
 
 def open_network(spec: ModelSpec, base: Checkpoint, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     quantization = None
-    if spec.quantization == "int8":
-        # at bitsandbytes' default 6.0 outlier columns are picked over the batch, so a neighbour changes a row
-        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    elif spec.quantization == "nf4":
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if spec.quantization != "none":
+        from alpaca_core.engines.quantizing import recipe  # bitsandbytes takes seconds, which plain weights do not need
+
+        quantization = recipe(spec.quantization, dtype)
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -284,18 +281,20 @@ def context_length_of(base: Checkpoint, config: Any) -> int:
     return int(min([config.max_position_embeddings, *limits]))
 
 
-def stored_tensors(base: Checkpoint, device: torch.device) -> Iterator[tuple[str, Any]]:
+def stored_tensors(base: Checkpoint) -> Iterator[tuple[str, Any]]:
     """The name of each stored tensor, and the open file that holds it."""
     for name in base.weights:
         try:
-            with safe_open(base.folder / name, framework="pt", device=str(device)) as file:
+            with safe_open(base.folder / name, framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118 -- no mapping
                     yield tensor, file
         except (SafetensorError, OSError) as error:
             raise InvalidCheckpoint(f"{base.folder / name} cannot be read ({error}). Fetch the model again.") from error
 
 
-def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, dtype: torch.dtype) -> None:
+def check_finite(
+    tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, dtype: torch.dtype, instead: str = "dtype='float32'"
+) -> None:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
@@ -304,8 +303,19 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], base: Checkpoint, 
         if not (lowest.isfinite() and highest.isfinite()):
             raise InvalidCheckpoint(
                 f"weights must be finite in {dtype}, but {name} of {base.folder} holds NaN or infinity. "
-                "Fetch the model again, or use dtype='float32'."
+                f"Fetch the model again, or use {instead}."
             )
+
+
+def _check_quantized(network: PreTrainedModel, quantization: str, base: Checkpoint, dtype: torch.dtype) -> None:
+    """Look at the numbers that a network was quantized from: its own are integers, none of which is NaN."""
+    from alpaca_core.engines.quantizing import ends_of
+
+    ends = ends_of(network).items()
+    if quantization == "int8":
+        check_finite(ends, base, torch.float16, "quantization='nf4'")
+    else:
+        check_finite(ends, base, dtype)
 
 
 @contextmanager

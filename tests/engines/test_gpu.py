@@ -1,18 +1,25 @@
-"""On a GPU: a row's own bits, captures that fail, memory that runs out, the model's device whatever the caller's is."""
+"""On a GPU: a row's own bits, captures that fail, memory that runs out, the model's device, weights in 8 and 4 bits."""
 
+import gc
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from alpaca_core.engines import native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.quantizing import ends_of, recipe
+from alpaca_core.engines.sampling import Warper
+from alpaca_core.spec import Sampling
 from alpaca_core.tokenizer import Tokenizer
 from tests.engines.conftest import wrapped
 from tests.engines.test_native import results, texts
+from tests.engines.test_quantizing import assert_same_bits, both, save
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 
@@ -53,6 +60,35 @@ def test_passes_that_are_not_full_give_the_same_bits(make: Make, monkeypatch: py
         assert results(model, [prompts[place]]) == [expected[place]]
     monkeypatch.setattr(native, "_GPU_GRAIN", 4096)
     assert results(make(batch_size=64), prompts) == expected
+
+
+@pytest.mark.parametrize("vocab", [7, 4096, 32_000, 151_936])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_and_top_p_cut_what_they_cut_on_a_cpu(vocab: int, spread: float, ties: bool) -> None:
+    from alpaca_core.engines.choice_kernels import cut
+
+    settings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature in (0.01, 0.7, 1.0, 3.0)
+        for top_k in (None, 1, 5, 40, 5000)
+        for top_p in (None, 1e-9, 0.3, 0.9, 0.999)
+    ]
+    logits = spread * torch.randn(len(settings), vocab, generator=torch.Generator().manual_seed(vocab))
+    logits = (logits / spread * 4).round() * spread / 4 if ties else logits
+    logits[:, 3] = -torch.inf
+    expected = Warper(settings, torch.device("cpu"))(logits) == -torch.inf
+    temperatures, ranks, masses = (
+        torch.tensor(values, device="cuda", dtype=dtype)
+        for values, dtype in (
+            ([setting.temperature for setting in settings], torch.float64),
+            ([setting.top_k or 0 for setting in settings], torch.int64),
+            ([torch.inf if setting.top_p is None else setting.top_p for setting in settings], torch.float64),
+        )
+    )
+    found = cut(logits.cuda(), temperatures, ranks, masses).cpu()
+    assert torch.equal(found == -torch.inf, expected)
+    assert torch.equal(found[~expected], logits[~expected])
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -113,3 +149,31 @@ def test_a_model_on_the_second_gpu_runs_while_the_first_is_current(make: Make) -
     with torch.cuda.device(0):
         assert results(make("cuda:1"), prompts) == expected
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_weights_have_the_bits_of_transformers_own_way(
+    make_network: Callable[..., Any], tmp_path: Path, quantization: str, dtype: torch.dtype
+) -> None:
+    save(make_network(hidden_size=256, intermediate_size=512).to(dtype), tmp_path)
+    ours, theirs = both(tmp_path, quantization, dtype, "cuda:0")
+    assert {end.device for end in ends_of(ours).values()} == {torch.device("cuda:0")}
+    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_are_quantized_one_at_a_time(
+    make_network: Callable[..., Any], tmp_path: Path, quantization: str
+) -> None:
+    network = make_network(hidden_size=256, intermediate_size=512, num_hidden_layers=16).bfloat16()
+    largest = max(weight.numel() for weight in network.parameters())
+    network.save_pretrained(tmp_path)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=recipe(quantization, torch.bfloat16), dtype=torch.bfloat16, device_map={"": 0}
+    )
+    assert len(ends_of(quantized)) == 16 * 7
+    # as it was read, in float16 and in 8 bits: 5 bytes a number; the whole network would be 140 times one matrix
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 8 * largest

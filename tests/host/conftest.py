@@ -183,7 +183,7 @@ if "{ENGINE}" in sys.orig_argv:
     from alpaca_core.engines import feeding
     plain = feeding.NativeFeed.step
     def step(self):
-        for row, _ in self._generating.values():
+        for row, _ in self._rows.values():
             if {KILLER} in row.prompt_ids:
                 os.abort()
             if {HANGER} in row.prompt_ids:

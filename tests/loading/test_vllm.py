@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from alpaca_core.errors import (
     NotEnoughMemory,
     UnsafeCheckpoint,
 )
+from alpaca_core.host.neighbours import hosts, stop
 from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec, NamedAdapter, Sampling
 
@@ -110,6 +112,25 @@ def test_adapters_are_named_by_rows_and_the_bare_base_is_none(wide: Path, make_a
     expected = results(spec(wide, **settings), names)
     assert_close(results(spec(wide, engine="vllm", **settings), names), expected)
     assert len({str(row) for row in expected[0]}) == len(expected[0])
+
+
+@on_vllm
+def test_a_host_runs_it_for_several_processes(
+    wide: Path, make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = spec(wide, engine="vllm", adapter=str(make_adapter("one", base=wide)))
+    expected = results(adapted, ("default", None))
+    with tempfile.TemporaryDirectory(prefix="alpaca-", dir="/tmp") as folder:
+        monkeypatch.setenv("ALPACA_RUNTIME", folder)
+        monkeypatch.setenv("ALPACA_HOST", "auto")
+        try:
+            assert_close(results(adapted, ("default", None)), expected)
+            assert_close(results(adapted, ("default", None)), expected)
+            ((_, status),) = hosts()
+            assert status.engine_pid is not None
+            assert psutil.Process(status.engine_pid).ppid() == status.pid
+        finally:
+            assert all(stop(path) for path, _ in list(hosts()))
 
 
 @on_vllm

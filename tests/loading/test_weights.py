@@ -129,11 +129,21 @@ def test_wrong_tensors_are_refused(
         load(base, quantization=quantization)
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_nan_inside_a_quantized_weight_is_refused(base: Path, quantization: str) -> None:
-    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(float("nan")))
-    with pytest.raises(InvalidCheckpoint, match=r"must be finite.*layers.0.mlp.up_proj"):
-        load(base, quantization=quantization)
+def test_no_number_inside_a_quantized_weight_hides(base: Path, quantization: str, dtype: str, number: float) -> None:
+    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(number))
+    with pytest.raises(InvalidCheckpoint, match=r"must be finite.*layers.0.mlp.up_proj.*Fetch the model again, or use"):
+        load(base, quantization=quantization, dtype=dtype)
+
+
+def test_a_weight_that_is_too_large_for_int8_is_refused(base: Path) -> None:
+    # bitsandbytes goes by float16, where it would be infinity, and so would its row's scale
+    edit_tensors(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].fill_(1e5))
+    load(base, quantization="nf4")
+    with pytest.raises(InvalidCheckpoint, match=r"finite in torch.float16.*0.mlp.up_proj.*quantization='nf4'"):
+        load(base, quantization="int8")
 
 
 def test_a_weight_that_is_too_large_for_the_dtype_is_refused(base: Path) -> None:
@@ -302,6 +312,29 @@ def test_running_out_of_memory_while_loading_is_said(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(NotEnoughMemory, match="ran out of memory"):
         load(tiny)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kernel"),
+    [
+        ("int8", "alpaca_core.engines.quantizing.int8_vectorwise_quant"),
+        ("nf4", "bitsandbytes.functional.quantize_4bit"),
+    ],
+)
+def test_running_out_of_memory_while_quantizing_is_said(
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    quantization: str,
+    kernel: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernel, fail)
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"):
+        load(tiny, quantization=quantization)
+    assert caplog.records == []  # transformers' report has a traceback for each tensor
 
 
 def test_loading_and_running_say_nothing_but_what_matters(
