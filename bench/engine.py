@@ -11,6 +11,7 @@ measurement. Sections, each in `--seconds` at most and some more for what must e
 
 - generate, judge: ours beside transformers, vLLM (in its own process, before ours is loaded: `vllm_rows.py`), CAPPr,
   lm-evaluation-harness and the notebook's loop, which is measured on few tokens;
+- settings: ours beside transformers at temperature 1, with top-k, with top-p, with beams, at the most rows;
 - int8: with a LoRA beside it, ours and transformers' (which keeps outliers at threshold 6, as the notebook does);
 - chain: reason, conclude, verify, per question, beside the notebook's loop;
 - ready: seconds until everything is compiled and captured, in a new process;
@@ -36,7 +37,7 @@ from timing import OURS, Figures, Way, in_turn, settle, why
 
 from alpaca_core import ModelSpec
 
-SECTIONS = ("generate", "judge", "int8", "chain", "ready", "growth")
+SECTIONS = ("generate", "judge", "settings", "int8", "chain", "ready", "growth")
 
 
 def main() -> None:
@@ -273,6 +274,10 @@ class Run:
             self.case("judge", name, limit, ways, 1 / len(self.shared))
             told = self._of_vllm(f"judge {shared}", options.judged)
             self.figures.put("sections", "judge", "cases", name, "ways", "vLLM", told)
+
+    def settings(self) -> None:
+        """New tokens per second by sampling and by beams."""
+        stages.settings(self)
 
     def int8(self) -> None:
         """Both in 8 bits, with a LoRA beside them."""

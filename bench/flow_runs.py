@@ -6,17 +6,19 @@
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
 and after: memory, open files, threads. Prefect's server keeps its records in SQLite, which takes one writer at a time,
-or in an empty PostgreSQL database.
+or in an empty PostgreSQL database. With `--kills` the host or its engine is killed so many times meanwhile.
 """
 
 import argparse
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=32, help="flow runs at once")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of LoRA weights for some of them")
     parser.add_argument("--database", help="URL of an empty PostgreSQL database for Prefect's server")
+    parser.add_argument("--kills", type=int, default=0, help="kill -9 of the host or its engine while many run")
     options = parser.parse_args()
     if options.database:
         os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = options.database
@@ -51,7 +54,9 @@ def main() -> None:
         found: dict[str, Any] = {"first": alone(client, "first"), "second": alone(client, "second")}
         options.out.write_text(json.dumps(found, indent=2))
         each = [parameters_of(number, options.adapters) for number in range(options.runs)]
-        at_once, rows = together(client, each)
+        with killed(options.kills) as kills:
+            at_once, rows = together(client, each)
+        found["kills"] = kills
         found |= at_once
         options.out.write_text(json.dumps(found, indent=2))
         print(json.dumps(found, indent=2))
@@ -108,6 +113,30 @@ def together(client: SyncPrefectClient, parameters: list[dict[str, Any]]) -> tup
     return figures, [rows_of(client, run.id) for run in done]
 
 
+@contextmanager
+def killed(times: int) -> Iterator[list[str]]:
+    """Kill the host or its engine every few seconds until the block ends; yield who was, with the seconds between."""
+    draw, over = random.Random(0), threading.Event()
+    done: list[str] = []
+
+    def kill() -> None:
+        while len(done) < times and not over.wait(pause := draw.uniform(2.0, 20.0)):
+            who = draw.choice(["host", "engine"])
+            pids = [status.pid if who == "host" else status.engine_pid for _, status in hosts()]
+            for pid in filter(None, pids):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    done.append(f"{who} after {pause:.1f} s")
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield done
+    finally:
+        over.set()
+        thread.join()
+
+
 def looked_at() -> list[dict[str, Any]]:
     """Memory in MiB, open files and threads of each host and its engine."""
     return [
@@ -116,7 +145,7 @@ def looked_at() -> list[dict[str, Any]]:
             **{
                 name: [process.memory_info().rss >> 20, process.num_fds(), process.num_threads()]
                 for name, pid in (("host", status.pid), ("engine", status.engine_pid))
-                if pid and (process := psutil.Process(pid))
+                if pid and psutil.pid_exists(pid) and (process := psutil.Process(pid))
             },
         }
         for _, status in hosts()

@@ -13,6 +13,8 @@ A host of its own is started in a folder of its own, and ended. Times are wall c
   The ratio is that of rows a second. "worst wait over median" is of the times that clients waited for all of theirs,
   and "worst first result" of those until the first.
 - same: whether every client got, bit for bit, what one client gets.
+- beside: a judged row and a response of 8 tokens, ten of each one after another, with the host idle, and while another
+  client's rows, twenty times those of `many`, are under way: median and worst.
 """
 
 import argparse
@@ -80,6 +82,7 @@ def main() -> None:
             list(model.generate([GenerateRow((5, 6), Sampling(max_new_tokens=8))]))  # whatever is done once
             figures["one"], expected = one(model, work)
             figures["many"], found = many(spec, work)
+            figures["beside"] = beside(spec, work, vocabulary)
             figures["mib"] = resident()
         figures["same"] = found == expected
         figures["ratio"] = figures["many"]["rows_per_second"] / figures["one"]["rows_per_second"]
@@ -219,6 +222,46 @@ def many(spec: ModelSpec, work: list[Rows]) -> tuple[dict[str, float], list[Any]
         "worst_first_result": max(first),
     }
     return figures, [result for each in ended for result in each[0]]
+
+
+def beside(spec: ModelSpec, work: list[Rows], vocabulary: int) -> dict[str, Any]:
+    """Time single questions, with the host idle and beside a large run."""
+    draw = random.Random("questions")
+    large = [row for each in work for row in each if isinstance(row, GenerateRow)] * 20
+    begun, stop = threading.Event(), threading.Event()
+
+    def run_them() -> None:
+        with at_host(spec, "auto") as model:
+            for _ in model.generate(large):
+                begun.set()
+                if stop.is_set():
+                    return
+
+    def questions(model: Any) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for kind in ("judged", "8 tokens"):
+            times = []
+            for _ in range(10):
+                prompt = tuple(draw.randrange(vocabulary) for _ in range(32))
+                began = time.perf_counter()
+                if kind == "judged":
+                    ((_, result),) = model.loglikelihood([ScoreRow(prompt, Trie.of([[5], [6]])[0])])
+                else:
+                    ((_, result),) = model.generate([GenerateRow(prompt, Sampling(max_new_tokens=8))])
+                assert not isinstance(result, RowError), result
+                times.append(time.perf_counter() - began)
+            found[kind] = [statistics.median(times), max(times)]
+        return found
+
+    with at_host(spec, "auto") as model:
+        alone = questions(model)
+        thread = threading.Thread(target=run_them)
+        thread.start()
+        begun.wait(600.0)
+        crowded = questions(model)
+        stop.set()
+        thread.join()
+    return {"rows of the large run": len(large), "idle": alone, "beside it": crowded}
 
 
 def resident() -> dict[str, Any]:

@@ -58,6 +58,11 @@ class Others:
             CONTINUOUS: lambda: self._continuous(rows, prompt, tokens),
         }
 
+    def generate_by(self, rows: int, prompt: int, tokens: int, settings: dict[str, Any]) -> int:
+        """Generate as plain transformers does by settings as `Sampling` names them."""
+        more = {"do_sample": True, "top_k": 0} if "temperature" in settings else {}
+        return self._generate(rows, prompt, tokens, **(more | settings))
+
     def ways_to_judge(self, items: int, prompt: int, shared: int, few: int) -> dict[str, Way]:
         """Return the ways to judge `items` prompts between two labels, and `few` by the notebook's loop."""
         ways: dict[str, Way] = {"transformers": lambda: self._judge(items, prompt, shared)}
@@ -111,7 +116,7 @@ class Others:
         ids = self._tensor(self._words.draw(rows, prompt))
         with torch.inference_mode():
             output = self._network.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **more
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **({"do_sample": False} | more)
             )
         return (output.shape[1] - prompt) * rows
 

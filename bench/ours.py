@@ -59,9 +59,9 @@ class Loaded:
         self._model = None
         settle()
 
-    def generate(self, rows: int, prompt: int, tokens: int) -> int:
-        """Generate greedily after new prompts, and count tokens."""
-        sampling = Sampling(max_new_tokens=tokens)
+    def generate(self, rows: int, prompt: int, tokens: int, **settings: Any) -> int:
+        """Generate after new prompts, greedily or as `Sampling` is told, and count tokens."""
+        sampling = Sampling(max_new_tokens=tokens, **settings)
         asked = [GenerateRow(each, sampling) for each in self.words.draw(rows, prompt)]
         done = 0
         for _, row in self._model.generate(asked):

@@ -19,6 +19,33 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from alpaca_core import Sampling, chain_of_thought, conclude, prompts, verify
 from alpaca_core.model import RowError, Trie
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature 1": {"temperature": 1.0},
+    "top-k 50": {"temperature": 1.0, "top_k": 50},
+    "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "4 beams": {"num_beams": 4},
+}
+
+
+def settings(run: Any) -> None:
+    """Generate by each of some settings; where there are beams, so many fewer rows."""
+    options = run.options
+    run.figures.put("sections", "settings", "unit", "tok/s")
+    loaded = run.loaded()
+    most = max(options.rows)
+    others = Others(loaded.network, loaded.tokenizer, loaded.words, most)
+    for name, told in SETTINGS.items():
+        loaded.model(most)
+        beams = told.get("num_beams", 1)
+        sizes = max(1, most // beams), options.prompt, options.tokens
+        ways: dict[str, Callable[[], int]] = {
+            "ours": lambda: loaded.generate(*sizes, **told),  # noqa: B023 -- called in this turn
+            "transformers": lambda: others.generate_by(*sizes, told),  # noqa: B023
+        }
+        limit = run.limit().generate(most, options.prompt, options.tokens) / beams
+        release = others.release if run.device.type == "cuda" else None
+        run.case("settings", f"{sizes[0]} at once, {name}", limit, ways, 1 / len(SETTINGS), release)
+
 
 def int8(run: Any) -> None:
     """Generate and judge in 8 bits with a LoRA on q, k, v and o, unmerged."""

@@ -50,10 +50,11 @@ class Memory:
         taken = self.pages.take(str(adapter), prompt, size, kept)
         if taken is None and self._grow(self.pages.count + needed, 1 + needed):
             taken = self.pages.take(str(adapter), prompt, size, kept)
-        if taken is None and (needed >= self._most() or not self.pages.in_use):
-            raise too_large(size, self._llama.device)
-        if taken is not None:
+        short = taken is None and (needed >= self._most() or not self.pages.in_use)
+        if taken is not None or short:
             self._first = None
+        if short:
+            raise too_large(size, self._llama.device)
         return taken
 
     def wait(self, who: object, *, started: bool) -> None:

@@ -23,7 +23,7 @@ from alpaca_core.adapters import Adapter
 from alpaca_core.checkpoints import Checkpoint
 from alpaca_core.engines.lora import attach
 from alpaca_core.engines.recovering import ran_out
-from alpaca_core.engines.sharing import room
+from alpaca_core.engines.sharing import keep, room
 from alpaca_core.engines.vllm_model import Started, VllmModel
 from alpaca_core.engines.weights import (
     bytes_needed,
@@ -99,8 +99,10 @@ def load_vllm(spec: ModelSpec, started: float | None = None) -> VllmModel:
     settings: dict[str, Any] = {"gpu_memory_utilization": spec.memory_share}
     if device.type == "cpu":
         settings = {"kv_cache_memory_bytes": _cpu_cache(spec, config, dtype, context, memory)}
-    elif first := device.index:
-        settings["device_ids"] = list(range(first, first + spec.tensor_parallel_size))
+    else:
+        keep(device, 1.0)  # vLLM keeps its share by itself, and passes it for a moment as it starts
+        if first := device.index:
+            settings["device_ids"] = list(range(first, first + spec.tensor_parallel_size))
     try:
         engine = start(
             base.folder,

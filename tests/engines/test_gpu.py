@@ -3,6 +3,8 @@
 import gc
 import random
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.quantizing import ends_of, recipe
 from alpaca_core.engines.sampling import Warper
+from alpaca_core.engines.sharing import keep
 from alpaca_core.spec import Sampling
 from alpaca_core.tokenizer import Tokenizer
 from tests.engines.conftest import wrapped
@@ -177,3 +180,27 @@ def test_weights_are_quantized_one_at_a_time(
     assert len(ends_of(quantized)) == 16 * 7
     # as it was read, in float16 and in 8 bits: 5 bytes a number; the whole network would be 140 times one matrix
     assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 8 * largest
+
+
+def test_a_stated_share_of_the_memory_is_kept(make_network: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    """By rows that would fill it several times over; in less memory they wait for one another, and are the same."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_key_value_heads": 4}
+    draw = random.Random(5)
+    prompts = [tuple(draw.randrange(256) for _ in range(draw.randint(600, 900))) for _ in range(120)]
+    device, total = torch.device("cuda", 0), torch.cuda.mem_get_info()[1]
+    found, peaks = [], []
+    for share in (0.5, 0.01):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        keep(device, share)
+        try:
+            network = make_network(**shape, max_position_embeddings=1024).to(device, torch.bfloat16)
+            with closing(wrapped(partial(NativeModel, memory_share=share), tokenizer, network, batch_size=64)) as model:
+                del network
+                found.append(results(model, prompts))
+        finally:
+            keep(device, 1.0)
+        peaks.append(torch.cuda.max_memory_reserved() / total)
+    assert found[0] == found[1]
+    assert peaks[1] <= 0.01 < peaks[0]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
@@ -64,6 +65,30 @@ def test_a_large_row_is_not_overtaken_for_ever_by_small_ones(
     assert found < 40
     monkeypatch.setattr(Memory, "wait", lambda *_, **__: None)
     assert steps() is None, "the scene shows nothing: without a line the large row comes through, too"
+
+
+def test_a_row_that_nobody_overtook_and_that_fits_nowhere_holds_nobody_up(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages would fit into the share, but there is no memory for them."""
+    plain = Llama.new_cache
+
+    def tight(self: Llama, pages: int) -> torch.Tensor:
+        if pages > 30:
+            raise torch.OutOfMemoryError("injected")
+        return plain(self, pages)
+
+    monkeypatch.setattr(Llama, "new_cache", tight)
+    feed = make_native(8).feed()
+    for key in range(1, 40):
+        feed.add(key, GenerateRow((3, key), Sampling(max_new_tokens=4 + key % 9)))
+    found = dict(feed.step())
+    feed.add(0, ScoreRow((1,) * 700, TRIE))
+    for _ in range(150):
+        found |= dict(feed.step())
+    assert isinstance(found[0], RowError)
+    assert found[0].code == "not_enough_memory"
+    assert sorted(found) == list(range(40))
 
 
 def test_judged_rows_that_are_dropped_are_read_no_further(
