@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from alpaca_core.errors import AlpacaError, HostBusy, HostError, InvalidRequest
+from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest
 from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.metrics import exposition
 from alpaca_core.host.protocol import (
@@ -39,6 +39,8 @@ from alpaca_core.host.scheduler import Ticket
 
 _PULSE = 5.0
 """Seconds after which a stream without results gets an empty line."""
+_SLOWEST = 60.0
+"""Seconds in which a request's body has to be there in whole; until then what has come of it is kept."""
 
 Client = Annotated[str, Header(alias="alpaca-client", max_length=64)]
 """Rows of one client take turns with those of others."""
@@ -228,27 +230,31 @@ class _Json:
 
 
 class _Capped:
-    """Refuses bodies that are too large, before they are read in whole."""
+    """Refuses bodies that are too large, before they are read in whole, and those that do not end in time.
+
+    Requests of other methods than POST are answered without their bodies, which stay unread: uvicorn takes in 64 KiB of
+    one that nobody asks for.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
-        left = MOST_BYTES
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        body = []
-        if not told.isdigit() or int(told) > MOST_BYTES:
-            return await _too_large(scope, receive, send)
-        while True:
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                return await _too_large(scope, receive, send)
-            body.append(message)
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
+        try:
+            if not told.isdigit() or int(told) > MOST_BYTES:
+                raise InvalidRequest(_TOO_LARGE)
+            async with asyncio.timeout(_SLOWEST):
+                body = await _whole(receive)
+        except InvalidRequest as error:
+            return await _reply(error, 413)(scope, receive, send)
+        except TimeoutError:
+            late = HostUnavailable(f"a request comes in whole within {_SLOWEST:g} s, but this one did not. Send less.")
+            reply = _reply(late, 408)
+            reply.headers["connection"] = "close"  # the rest of the body is not waited for either
+            return await reply(scope, receive, send)
         body.reverse()
 
         async def replay() -> Message:
@@ -257,9 +263,24 @@ class _Capped:
         await self._app(scope, replay, send)
 
 
-async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
-    error = InvalidRequest(f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several.")
-    await _reply(error, 413)(scope, receive, send)
+_TOO_LARGE = f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several."
+
+
+async def _whole(receive: Receive) -> list[Message]:
+    """Read a body.
+
+    Raises:
+        InvalidRequest: If it is too large.
+    """
+    left, body = MOST_BYTES, list[Message]()
+    while True:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise InvalidRequest(_TOO_LARGE)
+        body.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return body
 
 
 class _Bearer:
@@ -269,7 +290,7 @@ class _Bearer:
         self._app, self._expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and (scope["method"], scope["path"]) != ("GET", "/health"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = InvalidRequest("this host wants its token. Set ALPACA_HOST_TOKEN to it.")
