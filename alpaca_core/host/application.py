@@ -11,9 +11,9 @@ import asyncio
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ from alpaca_core.host.protocol import (
     write_error,
 )
 from alpaca_core.host.scheduler import Ticket
+from alpaca_core.spec import Value
 
 _PULSE = 5.0
 """Seconds after which a stream without results gets an empty line."""
@@ -92,15 +93,15 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         """Look at the host."""
         return warm.status()
 
-    @app.post("/v1/model")
-    async def model(request: ModelRequest) -> ModelReply:
+    @app.post("/v1/model", response_model=ModelReply)
+    async def model(request: ModelRequest) -> Response:
         """Wait for the model, with a spec's adapters."""
-        return await warm.model(request.spec)
+        return await _once_there(warm.model(request.spec))
 
-    @app.get("/v1/tokenizer")
-    async def tokenizer() -> TokenizerReply:
+    @app.get("/v1/tokenizer", response_model=TokenizerReply)
+    async def tokenizer() -> Response:
         """Give the model's tokenizer."""
-        return await warm.tokenizer()
+        return await _once_there(warm.tokenizer())
 
     @app.post("/v1/generate", response_class=StreamingResponse)
     async def generate(request: GenerateRequest, client: Client = "", identity: Identity = "") -> StreamingResponse:
@@ -159,6 +160,29 @@ async def _lines(ticket: Ticket) -> AsyncIterator[str]:
                 break
             found = ticket.results.get_nowait()
         yield "".join(lines)
+
+
+async def _once_there(reply: Coroutine[Any, Any, Value]) -> Response:
+    """Answer with what comes of waiting: at once, or after an empty line every few seconds, which JSON may begin with.
+
+    An answer that took longer has status 200 whatever it is; an error is told by what it holds. What is waited for goes
+    on when nobody listens any more, since a load is never cut off halfway.
+    """
+    task = asyncio.create_task(reply)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, even if by nobody else
+    if (await asyncio.wait([task], timeout=_PULSE))[0]:
+        return Response((await task).model_dump_json(), media_type="application/json")
+
+    async def lines() -> AsyncIterator[str]:
+        yield "\n"
+        while not (await asyncio.wait([task], timeout=_PULSE))[0]:
+            yield "\n"
+        try:
+            yield (await task).model_dump_json()
+        except AlpacaError as error:
+            yield json.dumps({"error": write_error(error)})
+
+    return StreamingResponse(lines(), media_type="application/json")
 
 
 def _reply(error: AlpacaError, status: int) -> Response:

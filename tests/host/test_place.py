@@ -168,7 +168,7 @@ def test_a_host_that_is_not_there_is_told_within_a_minute(monkeypatch: pytest.Mo
 def test_what_is_no_host_of_ours_is_told_so() -> None:
     for strange in (httpx.Response(200, json=[1]), httpx.Response(200, text="<html>"), httpx.Response(502, json={})):
         with pytest.raises(HostUnavailable, match="answers in JSON"):
-            checked(strange)
+            checked(strange.status_code, strange.content)
 
 
 def test_nothing_on_the_way_can_run_code() -> None:
