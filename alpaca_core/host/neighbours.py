@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from alpaca_core.errors import HostError
-from alpaca_core.host.place import device_of, runtime_folder
+from alpaca_core.host.place import device_of, meet, runtime_folder
 from alpaca_core.host.protocol import UNIX_NAME, Status
 from alpaca_core.spec import ModelSpec
 
@@ -71,4 +71,4 @@ def end_an_idle_one(spec: ModelSpec, key: str) -> bool:
 
 
 def _may_go(status: Status, device: str) -> bool:
-    return status.device == device and status.state == "ready" and not (status.waiting or status.running)
+    return meet(status.device, device) and status.state == "ready" and not (status.waiting or status.running)
