@@ -1,7 +1,6 @@
 """The commands of `alpaca` around hosts: serve a model on an address, look at hosts, end them."""
 
 import argparse
-import ipaddress
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.launcher import chosen, remote
 from alpaca_core.host.neighbours import hosts, stop
+from alpaca_core.host.place import is_loopback
 from alpaca_core.host.protocol import Status
 from prefect_alpaca.flows import terminal
 from prefect_alpaca.flows.options import spec_of
@@ -112,14 +112,6 @@ def token_of(address: str, file: Path | None) -> str | None:
             "`openssl rand -hex 32` makes one."
         )
     return token or None
-
-
-def is_loopback(address: str) -> bool:
-    """Say whether only this machine reaches an address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def _print(options: argparse.Namespace, found: list[Status]) -> None:

@@ -23,7 +23,7 @@ def connection(path: Path, timeout: float) -> httpx.Client:
     """Open a client of a host's Unix socket; `timeout` is in seconds, for each wait."""
     # there is no TLS here, and reading certificates takes time
     transport = httpx.HTTPTransport(uds=str(path), verify=False, limits=ANY_NUMBER)
-    return httpx.Client(transport=transport, base_url=f"http://{UNIX_NAME}", timeout=timeout)
+    return httpx.Client(transport=transport, base_url=f"http://{UNIX_NAME}", timeout=timeout, trust_env=False)
 
 
 def hosts() -> Iterator[tuple[Path, Status]]:
