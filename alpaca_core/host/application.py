@@ -32,6 +32,7 @@ from alpaca_core.host.protocol import (
     ModelRequest,
     ScoreRequest,
     Status,
+    StopRequest,
     TokenizerReply,
     write_error,
 )
@@ -116,10 +117,12 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         return _Rows(warm, warm.submit(client, "loglikelihood", rows, identity))
 
     @app.post("/v1/stop")
-    async def stop() -> dict[str, bool]:
+    async def stop(request: StopRequest) -> dict[str, bool]:
         """End the host at once; rows that have not come out are cut off."""
         if leave is None:
             raise InvalidRequest("this host is ended where it was started, and not by a request.")
+        if request.idle is not None and warm.idle() <= request.idle:  # somebody has come since it was looked at
+            return {"stopping": False}
         leave()
         return {"stopping": True}
 
