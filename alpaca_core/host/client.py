@@ -1,11 +1,13 @@
 """A `LanguageModel` whose engine runs in a host: the same rows, the same results, no torch in this process."""
 
+import logging
 import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import httpx
@@ -105,6 +107,8 @@ class HostModel:
         self._closed = False
         self._shapes: set[str] = set()
         self.session, self._tokenizer = self._first()
+        if (shape := self.info.shape) and int(shape.partition("x")[0]) != spec.batch_size:
+            _tell_shape(self.info.name, shape, spec.batch_size)
 
     @property
     def info(self) -> ModelInfo:
@@ -239,6 +243,17 @@ class HostModel:
 
     def _is_closed(self) -> InvalidRequest:
         return InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
+
+
+@cache
+def _tell_shape(name: str, shape: str, asked: int) -> None:
+    """Warn, once, that rows are computed in another number at a time than a spec asks for."""
+    logging.getLogger(__name__).warning(
+        "the host of %r computes in shape %s, as the run that started it asked for or its memory allowed, and not with "
+        "this spec's batch_size of %d: last bits may differ from those of a host of your own. Ask for the same "
+        "batch_size, or `alpaca host stop` it when nobody uses it.",
+        *(name, shape, asked),
+    )
 
 
 def _check_size(row: GenerateRow | ScoreRow, info: ModelInfo) -> None:

@@ -84,3 +84,25 @@ def test_signs_of_life_let_patience_begin_anew_but_not_for_ever() -> None:
     wait.life()
     with pytest.raises(HostUnavailable, match="cannot be reached"):
         wait(problem)
+
+
+@pytest.mark.parametrize(("shape", "asked", "told"), [("16x2048", 32, 1), ("32x2048", 32, 0), ("", 32, 0)])
+def test_a_host_of_another_shape_is_told_once(
+    make_network: Callable[..., Any],
+    tokenizer: Any,
+    runtime: Path,
+    caplog: pytest.LogCaptureFixture,
+    shape: str,
+    asked: int,
+    told: int,
+) -> None:
+    """The shape of a GPU's engine, which a model on a CPU is given here: bits depend on it there alone."""
+    model = wrapped(NativeModel, tokenizer, make_network())
+    model.info = model.info.model_copy(update={"shape": shape})
+    path = runtime / "shaped.sock"
+    with served(application(ThreadedWarm(model, 8)), path):  # type: ignore[arg-type]
+        for _ in range(3):
+            HostModel(ModelSpec(batch_size=asked), lambda: connection(path, 20.0)).close()
+    warned = [record.getMessage() for record in caplog.records if record.name == "alpaca_core.host.client"]
+    assert len(warned) == told
+    assert all(shape in line and f"batch_size of {asked}" in line and "Ask for the same" in line for line in warned)
