@@ -56,6 +56,9 @@ def run_host(options: argparse.Namespace) -> int:
         )
     ended = [status for path, status in known if stop(path)]
     _print(options, ended)
+    if clients := sum(status.clients for status in ended):
+        told = f"{clients:,} clients had rows there, and start their host again. Cancel their runs to prevent that."
+        print(f"alpaca: {told}", file=sys.stderr)
     return 0 if len(ended) == len(known) else 1
 
 
