@@ -95,13 +95,20 @@ def token_of(address: str, file: Path | None) -> str | None:
     """Return the token that requests have to bear: a file's, else ``$ALPACA_HOST_TOKEN``.
 
     Raises:
-        InvalidRequest: If it is short, or there is none and others than this machine could ask.
+        InvalidRequest: If it is short, the file holds none, or there is none and others than this machine could ask.
     """
     if file is not None:
         try:
             token = file.read_text(encoding="utf-8").strip()
+            mode = file.stat().st_mode & 0o777
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"--token-file holds the token, but {file} cannot be read ({error}).") from error
+        if not token:
+            raise InvalidRequest(
+                f"--token-file holds the token, but {file} is empty. `openssl rand -hex 32` makes one."
+            )
+        if mode & 0o077:  # no reason to refuse it: secrets that containers are given are such files
+            print(f"alpaca: others on this machine may read {file} (mode {mode:o}); chmod 600 it.", file=sys.stderr)
     else:
         token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
     if not token and not is_loopback(address):
