@@ -83,7 +83,8 @@ def described(status: Status) -> str:
     model = "its model"
     if (info := status.info) is not None:
         weights = f"{info.memory_gib:.2f} GiB of weights on {info.device}"
-        model = f"{info.name} ({info.quantization}, {info.dtype}), digest {info.digest[:12]}, {weights}"
+        resident = f"{status.memory_gib:.2f} GiB of main memory"
+        model = f"{info.name} ({info.quantization}, {info.dtype}), digest {info.digest[:12]}, {weights}, {resident}"
     return (
         f"{status.key[:8]} {status.state}: {model}; {status.waiting:,} rows wait, {status.running:,} run, of "
         f"{status.clients:,} clients; {status.tokens_per_second:,.0f} tokens/s, {status.rows:,} rows so far; "
