@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alpaca_core.cache import MANIFEST, Manifest, cache_folder, known_digests, read_manifest
-from alpaca_core.checkpoints import fetch, local_path, read_json
-from alpaca_core.errors import DigestMismatch, InvalidAdapter, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint
+from alpaca_core.checkpoints import fetch, local_path, read_json, unreadable
+from alpaca_core.errors import DigestMismatch, InvalidAdapter, InvalidCheckpoint, ModelNotFound, UnsafeCheckpoint, brief
 from alpaca_core.model import DEFAULT_ADAPTER, AdapterInfo
 from alpaca_core.spec import ModelSpec, TemplateName, digest_of
 
@@ -87,7 +87,7 @@ def find_adapters(spec: ModelSpec, *, again: bool = False) -> tuple[Adapter, ...
         ModelNotFound: If there is no such folder or repository.
         UnsafeCheckpoint: If there is only a pickle, and it was not imported.
         DigestMismatch: If bytes are not those that were imported or seen before.
-        InvalidAdapter: If it is no plain LoRA.
+        InvalidAdapter: If it is no plain LoRA, or a file of it cannot be read.
     """
     asked = [(adapter.name, adapter.source, adapter.revision) for adapter in spec.adapters]
     if spec.adapter:
@@ -121,23 +121,29 @@ def read_lora(path: Path) -> LoraFields:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise InvalidAdapter(
-            f"an adapter is a plain LoRA in PEFT's format, but {path} has {wrong['loc'][0]}={wrong['input']!r} "
+            f"an adapter is a plain LoRA in PEFT's format, but {path} has {wrong['loc'][0]}={brief(wrong['input'])} "
             f"({wrong['msg']}). Train or convert it as a plain LoRA."
         ) from error
     extra = fields.model_extra or {}
-    unknown = [f"{name}={value!r}" for name, value in extra.items() if value and name not in _WITHOUT_EFFECT]
+    unknown = [f"{name:.40}={brief(value)}" for name, value in extra.items() if value and name not in _WITHOUT_EFFECT]
     if unknown:
         raise InvalidAdapter(
-            f"an adapter is a plain LoRA, but {path} also sets {', '.join(unknown)}. "
+            f"an adapter is a plain LoRA, but {path} also sets {', '.join(unknown[:8])}. "
             "Merge it into its base and load that as base_model."
         )
     return fields
 
 
 def _find(name: str, source: str, revision: str | None, again: bool) -> Adapter:
-    folder, commit = _locate(source, revision)
-    manifest = _sidecar(folder)
-    sha256 = known_digests(folder, (CONFIG, WEIGHTS), again=again or bool(manifest.sha256))
+    try:
+        folder, commit = _locate(source, revision)
+        manifest = _sidecar(folder)
+        sha256 = known_digests(folder, (CONFIG, WEIGHTS), again=again or bool(manifest.sha256))
+    except OSError as error:
+        raise InvalidAdapter(
+            f"an adapter is files that this user can read, but with {brief(source, 200)} that failed "
+            f"({unreadable(error)}). Mend the file, or fetch the adapter again."
+        ) from error
     for file, digest in sha256.items():
         if manifest.sha256.get(file, digest) != digest:
             raise DigestMismatch(

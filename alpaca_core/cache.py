@@ -5,11 +5,13 @@ its place, with a manifest that holds the SHA-256 of every file, and renamed int
 two processes never build the same folder, and a killed one leaves nothing that is taken for whole.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -172,6 +174,7 @@ def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) ->
     Raises:
         DigestMismatch: If bytes have changed under the same size and time, or are not those that the
             hub's cache names a file by.
+        OSError: If one of them cannot be read, or is none: a folder, a pipe.
     """
     ledger = cache_folder() / "digests" / f"{digest_of(str(folder))[:32]}.json"
     try:
@@ -181,16 +184,18 @@ def known_digests(folder: Path, names: Iterable[str], *, again: bool = False) ->
     now: dict[str, tuple[int, int, str]] = {}
     for name in sorted(names):
         path = folder / name
-        stat = path.stat()
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
         entry = kept.get(name)
-        unchanged = entry is not None and entry[:2] == (stat.st_size, stat.st_mtime_ns)
+        unchanged = entry is not None and entry[:2] == (found.st_size, found.st_mtime_ns)
         if entry is None or again or not unchanged:
             digest = sha256_of(path)
             if (unchanged and entry and digest != entry[2]) or not _is_named_so(path, digest):
                 raise DigestMismatch(
                     f"{path} must keep its bytes, but they have changed on the disk. Fetch or import it again."
                 )
-            entry = stat.st_size, stat.st_mtime_ns, digest
+            entry = found.st_size, found.st_mtime_ns, digest
         now[name] = entry
     if now != {name: kept.get(name) for name in now}:
         _write(ledger, {**kept, **now})

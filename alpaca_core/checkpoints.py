@@ -113,9 +113,19 @@ def find_base(
     Raises:
         ModelNotFound: If there is no such model, or the hub cannot be reached.
         UnsafeCheckpoint: If its weights are pickles.
-        InvalidCheckpoint: If files are missing.
+        InvalidCheckpoint: If files are missing, or cannot be read.
         DigestMismatch: If bytes are not those that were prepared or seen before.
     """
+    try:
+        return _find(spec, unpack_gguf, convert_tokenizer, again, check)
+    except OSError as error:
+        raise InvalidCheckpoint(
+            f"a base model is files that this user can read, but with {brief(spec.base_model, 200)} that failed "
+            f"({unreadable(error)}). Mend the file, or fetch the model again."
+        ) from error
+
+
+def _find(spec: ModelSpec, unpack_gguf: Convert, convert_tokenizer: Convert, again: bool, check: bool) -> Checkpoint:
     if spec.base_model == EMBEDDED_MODEL:
         return _unpacked(spec.base_model, EMBEDDED_MODEL, EMBEDDED_SHA256, embedded_file, unpack_gguf, check)
     path, commit = fetch(spec.base_model, spec.revision, _BASE_FILES)
@@ -128,6 +138,11 @@ def find_base(
         digest = known_digests(path.parent, [path.name], again=again)[path.name]
         return _unpacked(spec.base_model, path.stem, digest, lambda: path, unpack_gguf, check)
     return _folder(spec.base_model, path, commit, convert_tokenizer, again, check)
+
+
+def unreadable(error: OSError) -> str:
+    """Say which file, and why, in the system's words."""
+    return f"{error.filename or 'a file'}: {error.strerror or error}"[:500]
 
 
 def local_path(source: str) -> Path:
@@ -209,7 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path} must be readable JSON, but: {error}. Fetch it again.") from error
     if not isinstance(value, dict):
         raise InvalidCheckpoint(f"{path} must hold a JSON object, but holds a {type(value).__name__}. Fetch it again.")
@@ -291,7 +306,10 @@ def _weights(folder: Path, commit: str | None = None) -> list[str]:
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        named = read_json(index).get("weight_map")
+        shards = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not shards:
+            raise InvalidCheckpoint(f"{index} names the shards as weight_map, but has none. Fetch the model again.")
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).exists():
                 raise InvalidCheckpoint(f"{index} names {shard!r}, which is not in its folder. Fetch the model again.")

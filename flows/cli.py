@@ -227,7 +227,8 @@ def _parser() -> Parser:
 
     about = "look at the hosts that keep models warm on this machine, or end them"
     add = command("host", "status|stop [KEY ...]", hosting.run_host, about)
-    add("action", choices=("status", "stop"), help="status tells model, queue and speed; stop ends hosts at once")
+    about = "status tells model, queue and speed; stop ends hosts at once: runs that are using one start it again"
+    add("action", choices=("status", "stop"), help=about)
     add("keys", nargs="*", metavar="KEY", help="beginnings of the keys of hosts to end (default: all)")
     add("--json", action="store_true", help="print one JSON object a host, on one line")
 

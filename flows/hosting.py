@@ -1,7 +1,6 @@
 """The commands of `alpaca` around hosts: serve a model on an address, look at hosts, end them."""
 
 import argparse
-import ipaddress
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.launcher import chosen, remote
 from alpaca_core.host.neighbours import hosts, stop
+from alpaca_core.host.place import is_loopback
 from alpaca_core.host.protocol import Status
 from prefect_alpaca.flows import terminal
 from prefect_alpaca.flows.options import spec_of
@@ -56,6 +56,9 @@ def run_host(options: argparse.Namespace) -> int:
         )
     ended = [status for path, status in known if stop(path)]
     _print(options, ended)
+    if clients := sum(status.clients for status in ended):
+        told = f"{clients:,} clients had rows there, and start their host again. Cancel their runs to prevent that."
+        print(f"alpaca: {told}", file=sys.stderr)
     return 0 if len(ended) == len(known) else 1
 
 
@@ -80,7 +83,8 @@ def described(status: Status) -> str:
     model = "its model"
     if (info := status.info) is not None:
         weights = f"{info.memory_gib:.2f} GiB of weights on {info.device}"
-        model = f"{info.name} ({info.quantization}, {info.dtype}), digest {info.digest[:12]}, {weights}"
+        resident = f"{status.memory_gib:.2f} GiB of main memory"
+        model = f"{info.name} ({info.quantization}, {info.dtype}), digest {info.digest[:12]}, {weights}, {resident}"
     return (
         f"{status.key[:8]} {status.state}: {model}; {status.waiting:,} rows wait, {status.running:,} run, of "
         f"{status.clients:,} clients; {status.tokens_per_second:,.0f} tokens/s, {status.rows:,} rows so far; "
@@ -92,13 +96,20 @@ def token_of(address: str, file: Path | None) -> str | None:
     """Return the token that requests have to bear: a file's, else ``$ALPACA_HOST_TOKEN``.
 
     Raises:
-        InvalidRequest: If it is short, or there is none and others than this machine could ask.
+        InvalidRequest: If it is short, the file holds none, or there is none and others than this machine could ask.
     """
     if file is not None:
         try:
             token = file.read_text(encoding="utf-8").strip()
+            mode = file.stat().st_mode & 0o777
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"--token-file holds the token, but {file} cannot be read ({error}).") from error
+        if not token:
+            raise InvalidRequest(
+                f"--token-file holds the token, but {file} is empty. `openssl rand -hex 32` makes one."
+            )
+        if mode & 0o077:  # no reason to refuse it: secrets that containers are given are such files
+            print(f"alpaca: others on this machine may read {file} (mode {mode:o}); chmod 600 it.", file=sys.stderr)
     else:
         token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
     if not token and not is_loopback(address):
@@ -112,14 +123,6 @@ def token_of(address: str, file: Path | None) -> str | None:
             "`openssl rand -hex 32` makes one."
         )
     return token or None
-
-
-def is_loopback(address: str) -> bool:
-    """Say whether only this machine reaches an address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def _print(options: argparse.Namespace, found: list[Status]) -> None:

@@ -11,9 +11,9 @@ import asyncio
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from alpaca_core.errors import AlpacaError, HostBusy, HostError, InvalidRequest
+from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest
 from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.metrics import exposition
 from alpaca_core.host.protocol import (
@@ -32,13 +32,17 @@ from alpaca_core.host.protocol import (
     ModelRequest,
     ScoreRequest,
     Status,
+    StopRequest,
     TokenizerReply,
     write_error,
 )
 from alpaca_core.host.scheduler import Ticket
+from alpaca_core.spec import Value
 
 _PULSE = 5.0
 """Seconds after which a stream without results gets an empty line."""
+_SLOWEST = 60.0
+"""Seconds in which a request's body has to be there in whole; until then what has come of it is kept."""
 
 Client = Annotated[str, Header(alias="alpaca-client", max_length=64)]
 """Rows of one client take turns with those of others."""
@@ -90,15 +94,15 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         """Look at the host."""
         return warm.status()
 
-    @app.post("/v1/model")
-    async def model(request: ModelRequest) -> ModelReply:
+    @app.post("/v1/model", response_model=ModelReply)
+    async def model(request: ModelRequest) -> Response:
         """Wait for the model, with a spec's adapters."""
-        return await warm.model(request.spec)
+        return await _once_there(warm.model(request.spec))
 
-    @app.get("/v1/tokenizer")
-    async def tokenizer() -> TokenizerReply:
+    @app.get("/v1/tokenizer", response_model=TokenizerReply)
+    async def tokenizer() -> Response:
         """Give the model's tokenizer."""
-        return await warm.tokenizer()
+        return await _once_there(warm.tokenizer())
 
     @app.post("/v1/generate", response_class=StreamingResponse)
     async def generate(request: GenerateRequest, client: Client = "", identity: Identity = "") -> StreamingResponse:
@@ -113,10 +117,12 @@ def application(warm: WarmModel, token: str | None = None, leave: Callable[[], N
         return _Rows(warm, warm.submit(client, "loglikelihood", rows, identity))
 
     @app.post("/v1/stop")
-    async def stop() -> dict[str, bool]:
+    async def stop(request: StopRequest) -> dict[str, bool]:
         """End the host at once; rows that have not come out are cut off."""
         if leave is None:
             raise InvalidRequest("this host is ended where it was started, and not by a request.")
+        if request.idle is not None and warm.idle() <= request.idle:  # somebody has come since it was looked at
+            return {"stopping": False}
         leave()
         return {"stopping": True}
 
@@ -157,6 +163,29 @@ async def _lines(ticket: Ticket) -> AsyncIterator[str]:
                 break
             found = ticket.results.get_nowait()
         yield "".join(lines)
+
+
+async def _once_there(reply: Coroutine[Any, Any, Value]) -> Response:
+    """Answer with what comes of waiting: at once, or after an empty line every few seconds, which JSON may begin with.
+
+    An answer that took longer has status 200 whatever it is; an error is told by what it holds. What is waited for goes
+    on when nobody listens any more, since a load is never cut off halfway.
+    """
+    task = asyncio.create_task(reply)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, even if by nobody else
+    if (await asyncio.wait([task], timeout=_PULSE))[0]:
+        return Response((await task).model_dump_json(), media_type="application/json")
+
+    async def lines() -> AsyncIterator[str]:
+        yield "\n"
+        while not (await asyncio.wait([task], timeout=_PULSE))[0]:
+            yield "\n"
+        try:
+            yield (await task).model_dump_json()
+        except AlpacaError as error:
+            yield json.dumps({"error": write_error(error)})
+
+    return StreamingResponse(lines(), media_type="application/json")
 
 
 def _reply(error: AlpacaError, status: int) -> Response:
@@ -228,27 +257,31 @@ class _Json:
 
 
 class _Capped:
-    """Refuses bodies that are too large, before they are read in whole."""
+    """Refuses bodies that are too large, before they are read in whole, and those that do not end in time.
+
+    Requests of other methods than POST are answered without their bodies, which stay unread: uvicorn takes in 64 KiB of
+    one that nobody asks for.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self._app(scope, receive, send)
-        left = MOST_BYTES
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        body = []
-        if not told.isdigit() or int(told) > MOST_BYTES:
-            return await _too_large(scope, receive, send)
-        while True:
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                return await _too_large(scope, receive, send)
-            body.append(message)
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
+        try:
+            if not told.isdigit() or int(told) > MOST_BYTES:
+                raise InvalidRequest(_TOO_LARGE)
+            async with asyncio.timeout(_SLOWEST):
+                body = await _whole(receive)
+        except InvalidRequest as error:
+            return await _reply(error, 413)(scope, receive, send)
+        except TimeoutError:
+            late = HostUnavailable(f"a request comes in whole within {_SLOWEST:g} s, but this one did not. Send less.")
+            reply = _reply(late, 408)
+            reply.headers["connection"] = "close"  # the rest of the body is not waited for either
+            return await reply(scope, receive, send)
         body.reverse()
 
         async def replay() -> Message:
@@ -257,9 +290,24 @@ class _Capped:
         await self._app(scope, replay, send)
 
 
-async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
-    error = InvalidRequest(f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several.")
-    await _reply(error, 413)(scope, receive, send)
+_TOO_LARGE = f"a request has at most {MOST_BYTES:,} bytes. Send the rows in several."
+
+
+async def _whole(receive: Receive) -> list[Message]:
+    """Read a body.
+
+    Raises:
+        InvalidRequest: If it is too large.
+    """
+    left, body = MOST_BYTES, list[Message]()
+    while True:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise InvalidRequest(_TOO_LARGE)
+        body.append(message)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return body
 
 
 class _Bearer:
@@ -269,7 +317,7 @@ class _Bearer:
         self._app, self._expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and (scope["method"], scope["path"]) != ("GET", "/health"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = InvalidRequest("this host wants its token. Set ALPACA_HOST_TOKEN to it.")

@@ -1,18 +1,20 @@
 """A `LanguageModel` whose engine runs in a host: the same rows, the same results, no torch in this process."""
 
+import logging
 import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import httpx
 import orjson
 
 from alpaca_core.errors import AlpacaError, HostBusy, HostError, HostUnavailable, InvalidRequest, RowRejected
-from alpaca_core.host.exchange import Wait, checked, hang_up
+from alpaca_core.host.exchange import Wait, ask, checked, hang_up
 from alpaca_core.host.protocol import (
     MOST_BYTES,
     MOST_TOKENS,
@@ -45,7 +47,7 @@ _CHUNK_BYTES = MOST_BYTES // 4
 _STREAMS = 4
 """Requests of one call at once: while the last rows of one end, the next one's have begun."""
 _PATIENCE = 600.0
-"""Seconds without any result, in which a host that is gone or busy is tried again."""
+"""Seconds without a result or a sign of life, in which a host that is gone or busy is tried again."""
 _CONTACT = 30.0
 """Seconds for a host to be there at all, when it is asked for the first time."""
 
@@ -105,6 +107,8 @@ class HostModel:
         self._closed = False
         self._shapes: set[str] = set()
         self.session, self._tokenizer = self._first()
+        if (shape := self.info.shape) and int(shape.partition("x")[0]) != spec.batch_size:
+            _tell_shape(self.info.name, shape, spec.batch_size)
 
     @property
     def info(self) -> ModelInfo:
@@ -167,8 +171,8 @@ class HostModel:
             self._calls.discard(call)
             call.cancel()
 
-    def reconnect(self, before: Session) -> None:
-        """Open a new connection, unless another thread has done so since `before`.
+    def reconnect(self, before: Session, wait: Wait) -> None:
+        """Open a new connection, unless another thread has done so since `before`; `wait` is told of signs of life.
 
         Raises:
             HostError: If that failed; it may be tried again, but not where the model has become another one.
@@ -177,7 +181,7 @@ class HostModel:
         with self._lock:
             if self.session is not before or self._closed:
                 return
-            session = self._open()
+            session = self._open(wait)
             try:
                 self._check_same(session.told)
             except _Changed:
@@ -190,8 +194,8 @@ class HostModel:
         while True:
             http = self._connect()
             try:
-                session = Session(http, self._ask(http))
-                told = TokenizerReply.model_validate(checked(http.get("/v1/tokenizer")))
+                session = Session(http, self._ask(http, wait))
+                told = TokenizerReply.model_validate(ask(http, "GET", "/v1/tokenizer", wait))
                 return session, Tokenizer(told.definition, told.eos_ids, told.named)
             except (httpx.TransportError, HostError) as error:
                 http.close()
@@ -200,17 +204,17 @@ class HostModel:
                 http.close()
                 raise
 
-    def _open(self) -> Session:
+    def _open(self, wait: Wait) -> Session:
         http = self._connect()
         try:
-            return Session(http, self._ask(http))
+            return Session(http, self._ask(http, wait))
         except BaseException:
             http.close()
             raise
 
-    def _ask(self, http: httpx.Client) -> ModelReply:
+    def _ask(self, http: httpx.Client, wait: Wait) -> ModelReply:
         body = ModelRequest(spec=self._spec).model_dump(mode="json")
-        reply = checked(http.post("/v1/model", json=body, headers=self._headers))
+        reply = ask(http, "POST", "/v1/model", wait, json=body, headers=self._headers)
         check_version(reply.get("protocol"))
         told = ModelReply.model_validate(reply)
         return told.model_copy(update={"info": self._named(told.info)})
@@ -233,12 +237,23 @@ class HostModel:
     def _refresh(self) -> None:
         """Ask again what the model is: its shape may have become a smaller one."""
         with suppress(AlpacaError, httpx.HTTPError), self._lock:
-            told = self._ask(self.session.http)
+            told = self._ask(self.session.http, Wait(0.0))
             self._check_same(told)
             self.session = Session(self.session.http, told)
 
     def _is_closed(self) -> InvalidRequest:
         return InvalidRequest(f"{self.info.name!r} is closed. Load it again.")
+
+
+@cache
+def _tell_shape(name: str, shape: str, asked: int) -> None:
+    """Warn, once, that rows are computed in another number at a time than a spec asks for."""
+    logging.getLogger(__name__).warning(
+        "the host of %r computes in shape %s, as the run that started it asked for or its memory allowed, and not with "
+        "this spec's batch_size of %d: last bits may differ from those of a host of your own. Ask for the same "
+        "batch_size, or `alpaca host stop` it when nobody uses it.",
+        *(name, shape, asked),
+    )
 
 
 def _check_size(row: GenerateRow | ScoreRow, info: ModelInfo) -> None:
@@ -316,7 +331,7 @@ class _Call:
         while left and not self._cancelled.is_set():
             session, before = self._model.session, len(left)
             try:
-                self._ask(session, left)
+                self._ask(session, left, wait)
                 problem: Exception = HostUnavailable("the host ended its answer before all rows had come.")
             except HostBusy as error:
                 wait(error)
@@ -328,14 +343,14 @@ class _Call:
             while left and not self._cancelled.is_set():
                 wait(problem)
                 try:
-                    self._model.reconnect(session)
+                    self._model.reconnect(session, wait)
                     break
                 except _Changed:
                     raise
                 except (httpx.TransportError, HostError) as error:
                     problem = error
 
-    def _ask(self, session: Session, left: dict[int, Any]) -> None:
+    def _ask(self, session: Session, left: dict[int, Any], wait: Wait) -> None:
         order = list(left)
         body = {"rows": [session.write(self._write(left[index])) for index in order]}
         headers = self._headers | {"alpaca-model": session.told.identity}
@@ -344,13 +359,13 @@ class _Call:
                 self._open.add(response)
             try:
                 if response.status_code != 200:
-                    response.read()
-                    checked(response)
+                    checked(response.status_code, response.read())
                 if self._cancelled.is_set():  # before there was anything to hang up
                     return
                 for line in response.iter_lines():
                     if self._cancelled.is_set():
                         return
+                    wait.life()
                     if line:
                         told = orjson.loads(line)
                         if "failed" in told:

@@ -17,7 +17,7 @@ from alpaca_core.cache import cache_folder
 from alpaca_core.errors import HostUnavailable, InvalidRequest
 from alpaca_core.host.client import HostModel
 from alpaca_core.host.neighbours import ANY_NUMBER, connection
-from alpaca_core.host.place import absolute, find_base_apart, key_of, runtime_folder
+from alpaca_core.host.place import absolute, find_base_apart, is_loopback, key_of, runtime_folder
 from alpaca_core.host.supervisor import plain_environment
 from alpaca_core.spec import ModelSpec
 
@@ -26,6 +26,8 @@ _START = 120.0
 _ATTEMPTS = 3
 """Times that a host is started which somebody kills before it listens."""
 _STREAM = httpx.Timeout(60.0, connect=10.0)
+_ANY = ("0.0.0.0", "::")
+"""All addresses of a machine, as a server is told; a client that connects there gets this one."""
 
 
 def chosen() -> str:
@@ -69,10 +71,21 @@ def at_host(spec: ModelSpec, choice: str) -> Iterator[HostModel]:
 
 
 def remote(url: str) -> httpx.Client:
-    """Open a client of a host's URL, with ``$ALPACA_HOST_TOKEN`` where that is set."""
+    """Open a client of a host's URL, with ``$ALPACA_HOST_TOKEN`` where that is set.
+
+    What is for this machine goes through no proxy, whatever the environment says: the token is not the proxy's.
+
+    Raises:
+        InvalidRequest: If it is no URL.
+    """
     token = os.environ.get("ALPACA_HOST_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM, limits=ANY_NUMBER)
+    try:
+        name = httpx.URL(url).host
+    except httpx.InvalidURL as error:
+        raise InvalidRequest(f"ALPACA_HOST is a host's URL (http://…), but {url!r:.200} is none ({error}).") from error
+    near = is_loopback(name) or name in _ANY
+    return httpx.Client(base_url=url, headers=headers, timeout=_STREAM, limits=ANY_NUMBER, trust_env=not near)
 
 
 def local(spec: ModelSpec) -> httpx.Client:

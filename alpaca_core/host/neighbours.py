@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from alpaca_core.errors import HostError
-from alpaca_core.host.place import device_of, runtime_folder
+from alpaca_core.host.place import device_of, meet, runtime_folder
 from alpaca_core.host.protocol import UNIX_NAME, Status
 from alpaca_core.spec import ModelSpec
 
@@ -23,7 +23,7 @@ def connection(path: Path, timeout: float) -> httpx.Client:
     """Open a client of a host's Unix socket; `timeout` is in seconds, for each wait."""
     # there is no TLS here, and reading certificates takes time
     transport = httpx.HTTPTransport(uds=str(path), verify=False, limits=ANY_NUMBER)
-    return httpx.Client(transport=transport, base_url=f"http://{UNIX_NAME}", timeout=timeout)
+    return httpx.Client(transport=transport, base_url=f"http://{UNIX_NAME}", timeout=timeout, trust_env=False)
 
 
 def hosts() -> Iterator[tuple[Path, Status]]:
@@ -43,10 +43,16 @@ def status_of(path: Path) -> Status | None:
         return None
 
 
-def stop(path: Path) -> bool:
-    """End the host at a socket, and wait until it is gone; False where it stays."""
-    with suppress(httpx.HTTPError, OSError), connection(path, 10.0) as client:
-        client.post("/v1/stop", json={})
+def stop(path: Path, idle: float | None = None) -> bool:
+    """End the host at a socket, and wait until it is gone; False where it stays.
+
+    Args:
+        path: The socket.
+        idle: Only where it has had nothing to do for more than so many seconds; None is whatever it does.
+    """
+    with suppress(httpx.HTTPError, OSError, ValueError), connection(path, 10.0) as client:
+        if not client.post("/v1/stop", json={"idle": idle}).raise_for_status().json()["stopping"]:
+            return False
     ends = time.monotonic() + _PATIENCE
     while time.monotonic() < ends:
         if not path.exists():
@@ -56,7 +62,9 @@ def stop(path: Path) -> bool:
 
 
 def end_an_idle_one(spec: ModelSpec, key: str) -> bool:
-    """End the host of the same device that has been idle for longest, if one is.
+    """End the host of the same device, or of one of several, that has been idle for longest, if one is.
+
+    A client that comes to it meanwhile keeps it, and the next one is asked.
 
     Args:
         spec: Of the model that finds no room.
@@ -67,8 +75,8 @@ def end_an_idle_one(spec: ModelSpec, key: str) -> bool:
     """
     device = device_of(spec)
     idle = [(status.idle, path) for path, status in hosts() if status.key != key and _may_go(status, device)]
-    return any(stop(path) for _, path in sorted(idle, reverse=True)[:1])
+    return any(stop(path, seconds) for seconds, path in sorted(idle, reverse=True))
 
 
 def _may_go(status: Status, device: str) -> bool:
-    return status.device == device and status.state == "ready" and not (status.waiting or status.running)
+    return meet(status.device, device) and status.state == "ready" and not (status.waiting or status.running)

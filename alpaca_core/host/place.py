@@ -5,12 +5,13 @@ Files of a host, in a folder that its user alone may enter, by the host's key: `
 before it.
 """
 
+import ipaddress
 import os
 import stat
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
 from alpaca_core.adapters import find_adapters
@@ -19,6 +20,11 @@ from alpaca_core.errors import HostUnavailable, InvalidCheckpoint
 from alpaca_core.host.protocol import VERSION
 from alpaca_core.spec import EMBEDDED_MODEL, ModelSpec, digest_of
 
+_TEMPORARY = Path("/tmp")
+"""Where everybody may make folders, and nobody may take another's; ``$TMPDIR`` may be one job's, or one login's."""
+_DRIVER = Path("/dev/nvidiactl")
+_GPUS = Path("/dev")
+"""Where each GPU has a file, ``nvidia0`` and so on."""
 _LONGEST = 100
 """Bytes of a Unix socket's path; systems refuse a little more than that."""
 
@@ -26,17 +32,14 @@ _LONGEST = 100
 def runtime_folder() -> Path:
     """Return the folder of this user's hosts, made where it is not there.
 
-    It is ``$ALPACA_RUNTIME``, else ``$XDG_RUNTIME_DIR/alpaca``, else ``alpaca-<user id>`` where temporary files go.
+    It is ``$ALPACA_RUNTIME``, else ``/tmp/alpaca-<user id>``: the same for all logins and services of a user, on this
+    machine alone, and there until it is shut down. ``$XDG_RUNTIME_DIR`` goes with the login, and a host outlives that;
+    a home may be several machines'. Somebody else may have taken the name in ``/tmp``: then it is refused.
 
     Raises:
         HostUnavailable: If it cannot be made, belongs to somebody else, or others may enter it.
     """
-    if chosen := os.environ.get("ALPACA_RUNTIME"):
-        folder = Path(chosen)
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        folder = Path(runtime) / "alpaca"
-    else:
-        folder = Path(tempfile.gettempdir()) / f"alpaca-{os.getuid()}"
+    folder = Path(os.environ.get("ALPACA_RUNTIME") or _TEMPORARY / f"alpaca-{os.getuid()}")
     remedy = "Set ALPACA_RUNTIME to a folder of your own on this machine, or ALPACA_HOST=off to load models here."
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,16 +80,46 @@ def find_base_apart(spec: ModelSpec) -> Checkpoint:
 
 
 def device_of(spec: ModelSpec) -> str:
-    """Name the device that a spec means on this machine, without asking torch: two names of one device are one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if spec.device_map is not None:
-        return f"{spec.device_map} of {','.join(visible) or 'all'}"
-    if spec.device == "cpu" or (spec.device == "auto" and not Path("/dev/nvidiactl").exists()):
+    """Name the device that a spec means on this machine, without asking torch: two names of one device are one.
+
+    A model that is spread has several, as in ``cuda:0+cuda:1``.
+    """
+    shown = _shown()
+    if spec.device == "cpu" or (spec.device == "auto" and (shown == [] or not _DRIVER.exists())):
         return "cpu"
-    number = int(spec.device.partition(":")[2] or 0)
-    if not visible[0]:
-        return f"cuda:{number}"
-    return f"cuda:{visible[number]}" if number < len(visible) else f"no. {number} of {len(visible)} GPUs"
+    first = int(spec.device.partition(":")[2] or 0)
+    wanted = range(first, first + spec.tensor_parallel_size)
+    if spec.device_map is not None:
+        wanted = range(len(shown) if shown else max(1, len(list(_GPUS.glob("nvidia[0-9]*")))))
+    if shown is None:
+        return "+".join(f"cuda:{number}" for number in wanted)
+    if wanted[-1] >= len(shown):
+        return f"no. {wanted[-1]} of {len(shown)} GPUs"
+    return "+".join(f"cuda:{shown[number]}" for number in wanted)
+
+
+def meet(one: str, other: str) -> bool:
+    """Say whether two models, with devices as `device_of` names them, have one in common."""
+    return not set(one.split("+")).isdisjoint(other.split("+"))
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether only this machine reaches an address: ``localhost``, or a number, perhaps IPv4 written as IPv6."""
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:
+        return address == "localhost"
+    mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+    return (mapped or number).is_loopback
+
+
+def _shown() -> list[str] | None:
+    """Return the GPUs that this process is shown; None is all. CUDA looks no further than at a name that means none."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None:
+        return None
+    named = (name.strip() for name in told.split(","))
+    return list(takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), named))
 
 
 def key_of(spec: ModelSpec, base: Checkpoint) -> str:
@@ -98,7 +131,8 @@ def key_of(spec: ModelSpec, base: Checkpoint) -> str:
     device = device_of(spec)
     auto = "float32" if device == "cpu" else "bfloat16"
     dtype = auto if spec.dtype == "auto" else spec.dtype
-    told = [base.digest, merged, spec.quantization, dtype, device, spec.engine, spec.tensor_parallel_size]
+    place = [device, spec.device_map, spec.tensor_parallel_size]
+    told = [base.digest, merged, spec.quantization, dtype, place, spec.engine]
     return digest_of([VERSION, version("prefect-alpaca"), *told])[:16]
 
 

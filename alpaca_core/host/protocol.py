@@ -129,8 +129,17 @@ class TokenizerReply(Value):
     named: dict[str, str]
 
 
+class StopRequest(Value):
+    """Ends a host at once; with `idle`, only where it has had nothing to do for more than so many seconds."""
+
+    idle: float | None = Field(default=None, ge=0)
+
+
 class Status(Value):
-    """A host at a glance. Memory in GiB, times in seconds, rows that wait or run, sums since its start."""
+    """A host at a glance. Memory in GiB, times in seconds, rows that wait or run, sums since its start.
+
+    A model that is spread over several devices has all of them in `device`, as in ``cuda:0+cuda:1``.
+    """
 
     protocol: int = VERSION
     version: str

@@ -137,8 +137,8 @@ def client(place: Path) -> Iterator[SyncPrefectClient]:
             yield api
 
 
-def wait_for(happened: Any, log: Path | None = None) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_for(happened: Any, log: Path | None = None, seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, log.read_text() if log else "nothing happened in time"
         time.sleep(0.5)
@@ -183,7 +183,7 @@ def test_cancelling_a_run_frees_the_engine_and_hurts_no_other(client: SyncPrefec
     wait_for(lambda: sum(status.running for _, status in hosts()) > 8)
     other = client.create_flow_run_from_deployment(deployment).id
     client.set_flow_run_state(cancelled, State(type=StateType.CANCELLING), force=True)
-    wait_for(lambda: sum(status.running + status.waiting for _, status in hosts()) < 8)
+    wait_for(lambda: sum(status.running + status.waiting for _, status in hosts()) < 8, seconds=10.0)
     wait_for(lambda: (state := client.read_flow_run(cancelled).state) is not None and state.is_cancelled())
     done = finished(client, other)
     assert done.state is not None

@@ -100,6 +100,9 @@ class ThreadedWarm:
     def submit(self, client: str, kind: Any, rows: list[dict[str, Any]], identity: str = "") -> Ticket:
         return self.scheduler.submit(client, kind, rows)
 
+    def idle(self) -> float:
+        return 0.0 if self.scheduler.running or self.scheduler.waiting else time.monotonic() - self.scheduler.used
+
     def status(self) -> Status:
         told = {"version": "0", "pid": os.getpid(), "engine_pid": None, "key": "test", "device": "cpu"}
         numbers = ("uptime", "idle", "memory_gib", "tokens_per_second", "rows", "tokens", "restarts")

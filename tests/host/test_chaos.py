@@ -1,5 +1,6 @@
 """Processes that die, hang, meet or run out of room: every call ends, with the results of a quiet run."""
 
+import json
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from alpaca_core.adapters import find_adapters
-from alpaca_core.errors import DigestMismatch, HostUnavailable
+from alpaca_core.errors import DigestMismatch, HostUnavailable, InvalidAdapter
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection, stop
 from alpaca_core.host.place import find_base_apart, key_of
@@ -270,6 +271,34 @@ def test_a_model_that_is_replaced_on_the_disk_gets_a_host_of_its_own(
                 call.result(timeout=120.0)
         with pytest.raises((DigestMismatch, HostUnavailable), match=OTHERS):
             list(old.generate(rows[:1]))
+
+
+@pytest.mark.end_to_end
+def test_an_adapter_that_cannot_be_read_any_more_costs_itself_alone(
+    base: Path, folder: Path, tmp_path: Path, expected: dict[int, Any]
+) -> None:
+    spoilt = Path(shutil.copytree(base.parent / f"{base.name}-adapters" / "pirate", tmp_path / "spoilt"))
+    config = json.loads((spoilt / "adapter_config.json").read_text())
+    (spoilt / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))  # no other's bytes
+    other = spec_of(base).model_copy(update={"adapter": str(spoilt)})
+    with at_host(spec_of(base, *ADAPTERS), "auto") as model, at_host(other, "auto") as theirs:
+        rows = [GenerateRow((1, 2), Sampling(max_new_tokens=3))]
+        before = dict(theirs.generate(rows))
+        (spoilt / "adapter_model.safetensors").rename(spoilt / "weights")
+        (spoilt / "adapter_model.safetensors").mkdir()
+        with pytest.raises(InvalidAdapter, match="no plain file"), at_host(other, "auto"):
+            pass
+        (engine,) = engines(folder)
+        engine.kill()
+        assert work(model, 0, (*ADAPTERS, None)) == expected[0]
+        began = time.monotonic()
+        with pytest.raises(InvalidAdapter, match="no plain file"):
+            list(theirs.generate(rows))
+        assert time.monotonic() - began < 60.0
+        assert host_of(folder).state == "ready"  # type: ignore[union-attr]
+        (spoilt / "adapter_model.safetensors").rmdir()
+        (spoilt / "weights").rename(spoilt / "adapter_model.safetensors")
+        assert dict(theirs.generate(rows)) == before
 
 
 def statuses(folder: Path) -> list[Any]:

@@ -61,7 +61,7 @@ def check(reply: httpx.Response) -> None:
     """A refusal is typed, in JSON, and no fault of the host."""
     if reply.status_code == 200:
         return
-    assert reply.status_code in (400, 401, 403, 404, 405, 411, 413, 415, 421, 422, 429), reply.text
+    assert reply.status_code in (400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 422, 429), reply.text
     told = reply.json()["error"]
     assert isinstance(getattr(errors, told["type"])(told["message"]), AlpacaError)
     assert len(told["message"]) < 1000
@@ -231,6 +231,32 @@ def test_a_token_is_wanted_for_all_but_health(warm: ThreadedWarm, make_network: 
             check(reply)
         good = {"authorization": "Bearer secret", "host": "models.example"}
         assert http.request(method, path, headers=JSON | good, json=GOOD).status_code in (200, 422)
+
+
+def test_without_the_token_no_body_is_read(make_network: Any, tokenizer: Any) -> None:
+    """The answer comes while the body is still to be sent: nothing of it is kept, on however many connections."""
+    mine = ThreadedWarm(wrapped(NativeModel, tokenizer, make_network()), 8)
+    with served(application(mine, token="secret")) as url:  # type: ignore[arg-type]
+        for method, path, status in (
+            *((method, "/health", 401) for method in ("POST", "PUT", "HEAD", "DELETE", "OPTIONS")),
+            ("GET", "/health", 200),
+            ("POST", "/v1/generate", 401),
+        ):
+            head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            told = raw(url, f"{head}content-length: {MOST_BYTES - 1}\r\n\r\n".encode(), b" " * 1000)
+            assert f" {status} ".encode() in told.splitlines()[0], (method, path, told)
+
+
+def test_a_body_that_does_not_end_is_given_up(url: str, warm: ThreadedWarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alpaca_core.host.application._SLOWEST", 0.5)
+    head = b"POST /v1/generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    for body in (b"content-length: 1000\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n"):
+        with socket.create_connection((httpx.URL(url).host, httpx.URL(url).port or 80), timeout=20.0) as wire:
+            wire.sendall(head + body)
+            told = b"".join(iter(lambda: wire.recv(65536), b""))  # until the host closes the connection
+        assert b" 408 " in told.splitlines()[0]
+        error = read_error(json.loads(told.split(b"\r\n\r\n")[1])["error"])
+        assert "comes in whole within 0.5 s" in str(error)
 
 
 FOREIGN = ["evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil.example", "127.0.0.1:1:x", ""]

@@ -219,3 +219,21 @@ def _logits(network: Any, ids: list[int]) -> torch.Tensor:
 def logits() -> Callable[[Any, list[int]], torch.Tensor]:
     """Return a network's logits of one sequence."""
     return _logits
+
+
+def spoil(path: Path, how: str) -> None:
+    """Put something that cannot be read in a file's place."""
+    if how == "mode 000":
+        if os.getuid() == 0:
+            pytest.skip("root reads every file")
+        return path.chmod(0)
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if how == "link to itself" else path.with_name("nowhere"))
+
+
+SPOILT = ("folder", "pipe", "mode 000", "dangling link", "link to itself")

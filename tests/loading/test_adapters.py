@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from alpaca_core.adapters import find_adapters, read_lora
 from alpaca_core.cache import sha256_of
 from alpaca_core.errors import DigestMismatch, InvalidAdapter, InvalidRequest, ModelNotFound, UnsafeCheckpoint
+from alpaca_core.host.beside import still_there
 from alpaca_core.loading import import_adapter
 from alpaca_core.spec import ModelSpec, NamedAdapter
+from tests.loading.conftest import SPOILT, spoil
 
 
 def test_adapters_come_in_the_spec_s_order_its_own_first(make_adapter: Callable[..., Path]) -> None:
@@ -105,6 +107,22 @@ def test_a_torn_configuration_is_refused(make_adapter: Callable[..., Path], cont
     (folder / "adapter_config.json").write_text(content)
     with pytest.raises(InvalidAdapter, match="JSON"):
         find_adapters(ModelSpec(adapter=str(folder)))
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_file_that_cannot_be_read_is_an_invalid_adapter(
+    make_adapter: Callable[..., Path], file: str, how: str
+) -> None:
+    folder = make_adapter()
+    named = NamedAdapter(name="a", source=str(folder))
+    (digest,) = [adapter.info.digest for adapter in find_adapters(ModelSpec(adapters=(named,)))]
+    assert still_there({digest: named}) == {digest: named}
+    spoil(folder / file, how)
+    with pytest.raises((InvalidAdapter, ModelNotFound), match=str(folder)) as caught:
+        find_adapters(ModelSpec(adapters=(named,)))
+    assert isinstance(caught.value, InvalidAdapter) or "link" in how
+    assert still_there({digest: named}) == {}
 
 
 def test_a_pickled_adapter_is_refused_with_the_command_that_converts_it(make_pickled: Callable[..., Path]) -> None:

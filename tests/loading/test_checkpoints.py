@@ -19,6 +19,7 @@ from alpaca_core.errors import DigestMismatch, InvalidCheckpoint, ModelNotFound,
 from alpaca_core.loading import import_adapter
 from alpaca_core.prompts import template_of
 from alpaca_core.spec import ModelSpec
+from tests.loading.conftest import SPOILT, spoil
 
 
 def unpack(gguf: Path, folder: Path) -> None:
@@ -86,6 +87,23 @@ def test_a_missing_file_is_named(base: Path, gone: str) -> None:
     (base / gone).unlink()
     with pytest.raises(InvalidCheckpoint, match=gone):
         find(base)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_file_that_cannot_be_read_is_named(base: Path, file: str, how: str) -> None:
+    spoil(base / file, how)
+    with pytest.raises(InvalidCheckpoint, match=file):
+        find(base)
+
+
+@pytest.mark.parametrize("weights", [[], {}, "x", None, {"a": 5}, {"a": []}, {"a": "../x"}])
+def test_an_index_that_names_no_shards_is_named(base: Path, weights: object) -> None:
+    (base / "model.safetensors").unlink()
+    for content in (json.dumps({"weight_map": weights}), "[" * 100_000):
+        (base / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InvalidCheckpoint, match=r"index\.json"):
+            find(base)
 
 
 def test_an_adapter_is_no_base_model(base: Path) -> None:
