@@ -63,7 +63,7 @@ def _on_gpu(logits: Tensor, choices: Sequence[Choice | None], counts: Sequence[i
     settings = [choice.sampling if choice else _PLAIN for choice in choices]
     temperatures = tensor([setting.temperature for setting in settings], torch.float64)
     if any(choice and choice.cut for choice in choices):
-        ranks = tensor([setting.top_k or 0 for setting in settings], torch.long)
+        ranks = tensor([min(setting.top_k or 0, logits.shape[1]) for setting in settings], torch.long)
         masses = tensor([torch.inf if setting.top_p is None else setting.top_p for setting in settings], torch.float64)
         logits = cut(logits, temperatures.clamp(min=COLDEST), ranks, masses)
     keys = tensor([choice.key if choice else (0, 0, 0, 0) for choice in choices], torch.long)

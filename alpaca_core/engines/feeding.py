@@ -1,5 +1,6 @@
 """Engines step by step: rows of any callers come in at any time, and out as they end."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class NativeFeed:
         self._advance, self._number, self._completion = advance, number, completion
         self._rows: dict[int, tuple[GenerateRow | ScoreRow, Request]] = {}
         self._judged: list[tuple[Request, int, ScoreRow, int]] = []  # since the last step
-        self._ended: list[tuple[int, Any]] = []
+        self._ended: deque[tuple[int, Any]] = deque()
 
     def __len__(self) -> int:
         return len(self._rows)

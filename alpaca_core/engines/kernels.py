@@ -296,6 +296,46 @@ def _one_row(x_ptr, weight_ptr, out_ptr, SIZE, INNER: tl.constexpr, ROWS: tl.con
     tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), good)
 
 
+def ranks_of(x: Tensor, down: Tensor, adapters: Tensor, owners: Tensor) -> Tensor:
+    """Multiply rows by the A of several LoRA adapters side by side, and leave to each row what its own adapter made.
+
+    With so few columns cuBLAS cuts sums into parts, by the number of rows; here a row's sums are the same among any.
+
+    Args:
+        x: ``(N, in)``.
+        down: ``(ranks, in)``.
+        adapters: Number of each row's adapter.
+        owners: Which adapter each rank belongs to.
+
+    Returns:
+        ``(N, ranks)``.
+    """
+    rows, inner = x.shape
+    out = x.new_empty(rows, len(down))
+    block = min(64, max(16, triton.next_power_of_2(len(down))))
+    _ranks_of[(triton.cdiv(rows, 16), triton.cdiv(len(down), block))](
+        x, down, adapters, owners, out, rows, inner, len(down), 16, block, 128, num_warps=4, num_stages=4
+    )
+    return out
+
+
+@triton.jit
+def _ranks_of(x_ptr, down_ptr, adapter_ptr, owner_ptr, out_ptr, ROWS, INNER, RANKS, BLOCK: tl.constexpr,
+              WIDE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    real, good = row < ROWS, rank < RANKS
+    sums = tl.zeros((BLOCK, WIDE), tl.float32)
+    for first in range(0, INNER, STEP):
+        at = first + tl.arange(0, STEP)
+        x = tl.load(x_ptr + row[:, None] * INNER + at[None], real[:, None] & (at < INNER)[None], 0.0)
+        near = down_ptr + rank[None] * INNER + at[:, None]
+        sums = tl.dot(x, tl.load(near, good[None] & (at < INNER)[:, None], 0.0), sums, input_precision="ieee")
+    own = tl.load(adapter_ptr + row, real, -1)[:, None] == tl.load(owner_ptr + rank, good, -2)[None]
+    to = out_ptr + row[:, None] * RANKS + rank[None]
+    tl.store(to, tl.where(own, sums, 0.0).to(out_ptr.dtype.element_ty), real[:, None] & good[None])
+
+
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row by its largest number (LLM.int8(), arXiv 2208.07339, section 3.1): int8, and the largest."""
     rows, width = x.shape

@@ -63,6 +63,7 @@ class _Layer:
         self.before_mlp: Tensor = layer.post_attention_layernorm.weight
         self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul)
         self.down = Projection([mlp.down_proj], names)
+        self.ranks = self.qkv.ranks, self.out.ranks, self.gate.ranks, self.down.ranks
 
 
 class Llama:
@@ -96,7 +97,9 @@ class Llama:
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
 
     def steady(self, counts: Sequence[int], most: int) -> bool:
-        """Try whether a layer's products give a row the same bits among some numbers of rows.
+        """Try whether the layers' products give a row the same bits among some numbers of rows.
+
+        One layer is tried of all those whose products have the same sizes, adapters' included.
 
         The head's are tried on the CPU alone: on a GPU its number of rows is always the same.
 
@@ -104,19 +107,25 @@ class Llama:
             counts: Rows.
             most: What they are compared with: as many rows.
         """
-        layer, wide = self.layers[0], self.embedding.shape[1]
-        x = random_rows(most, wide, self.embedding)
+        x = random_rows(most, self.embedding.shape[1], self.embedding)
+        attended = random_rows(most, self.heads * self.width, self.embedding)
         adapters = torch.zeros(most, dtype=torch.long, device=self.device)
-        attended, between = random_rows(most, self.heads * self.width, self.embedding), layer.gate(x, adapters)
-        products: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
-            (layer.qkv, [x]),
-            (lambda rows, others, onto: layer.out(rows, others, add_to=onto.clone()), [attended, x]),
-            (layer.gate, [x]),
-            (lambda rows, others, onto: layer.down(rows, others, add_to=onto.clone()), [between, x]),
-        ]
-        if self.device.type == "cpu":
-            products.append((self.head, [x[:256]]))
-        return all(is_steady(run, [rows[0], adapters[: len(rows[0])], *rows[1:]], counts) for run, rows in products)
+
+        def tried(run: Callable[..., Tensor], rows: Tensor, *onto: Tensor) -> bool:
+            return is_steady(run, [rows, adapters[: len(rows)], *onto], counts)
+
+        def steady(layer: _Layer) -> bool:
+            return (
+                tried(layer.qkv, x)
+                and tried(lambda rows, others, onto: layer.out(rows, others, add_to=onto.clone()), attended, x)
+                and tried(layer.gate, x)
+                and tried(
+                    lambda rows, others, onto: layer.down(rows, others, add_to=onto.clone()), layer.gate(x, adapters), x
+                )
+            )
+
+        unlike = {layer.ranks: layer for layer in self.layers}
+        return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(self.head, x[:256]))
 
     @property
     def page_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """`LanguageModel` on our own forward pass: a row's result is the same in any company, bit for bit."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,7 @@ class NativeModel(Engine):
             self._searcher = Searcher(self._llama, self._memory, shape, info.eos_ids)
             self._reader = Reader(self._llama, self._memory, shape)
         self._loaded = info
+        self._dropped: deque[Request] = deque()  # requests that nobody waits for any more
         self._recovery = Recovery(shape, self._changed)
         self._tell(shape)
         self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
@@ -111,11 +113,25 @@ class NativeModel(Engine):
                         self._open()
                         if not request.ended:
                             self._advance(worker)
+                    self._drop()
                     yield from request.take()
         finally:
-            with self._lock:
-                for worker in self._workers:
-                    worker.cancel(request)
+            self._dropped.append(request)
+            self._drop()
+
+    def _drop(self) -> None:
+        """Take the rows of requests that nobody waits for out, unless the lock is held: then its holder does so after.
+
+        It may be this thread that holds it: where garbage is collected in mid-step, and a generator with it.
+        """
+        while self._dropped and self._lock.acquire(blocking=False):
+            try:
+                while self._dropped:
+                    request = self._dropped.popleft()
+                    for worker in self._workers:
+                        worker.cancel(request)
+            finally:
+                self._lock.release()
 
     @property
     def _workers(self) -> tuple[Runner | Searcher | Reader, ...]:

@@ -1,7 +1,6 @@
 """Matrix products of the forward pass: dense or quantized weights, and LoRA beside them, chosen per row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +9,8 @@ from torch.nn.functional import linear, pad
 
 _LEAST_INT8 = 32
 """Rows of an int8 product on a GPU; cuBLAS refuses 16 and fewer."""
+_MANY = 256
+"""Rows from which on a GPU sums adapters' products in one order, so that passes need not be full; steps have fewer."""
 
 
 class _Weights(Protocol):
@@ -133,7 +134,6 @@ class _Modules:
         return y if add_to is None else add_to.add_(y)
 
 
-@dataclass(frozen=True, slots=True)
 class _Lora:
     """Low-rank updates of several adapters for one projection, side by side.
 
@@ -141,19 +141,23 @@ class _Lora:
     whatever the rows' adapters are, and a row's sum has only zeros added to it.
 
     Args:
-        down: Of ``(ranks, in)``: the adapters' A, one below the other.
-        up: Of ``(out, ranks)``: their B, times alpha / r.
+        down: ``(ranks, in)``: the adapters' A, one below the other.
+        up: ``(out, ranks)``: their B, times alpha / r.
         owners: ``(ranks,)``: which adapter each rank belongs to.
     """
 
-    down: _Weights
-    up: _Weights
-    owners: Tensor
+    def __init__(self, down: Tensor, up: Tensor, owners: Tensor) -> None:
+        self._matrix, self._owners = down, owners
+        self._down, self._up = _product(down), _product(up)
+        self.ranks = len(owners)
 
     def add(self, y: Tensor, x: Tensor, adapters: Tensor) -> Tensor:
         """Add to `y` what each row's adapter makes of its `x`; `adapters` has their numbers."""
-        inner = self.down(x) * (adapters[:, None] == self.owners)
-        return self.up(inner, add_to=y)
+        if x.device.type == "cuda" and len(x) >= _MANY:
+            from alpaca_core.engines.kernels import ranks_of
+
+            return self._up(ranks_of(x, self._matrix, adapters, self._owners), add_to=y)
+        return self._up(self._down(x) * (adapters[:, None] == self._owners), add_to=y)
 
 
 class Projection:
@@ -174,6 +178,7 @@ class Projection:
         make = _plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
         self._weights: _Weights = make(bases)
         self._lora = _beside(modules, names)
+        self.ranks = self._lora.ranks if self._lora else 0  # of all adapters together
 
     def __call__(self, x: Tensor, adapters: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
         """Project ``(N, in)`` to ``(N, out)``.
@@ -200,10 +205,12 @@ class Gate:
     def __init__(self, gate: Any, up: Any, names: Sequence[str], silu_mul: Callable[[Tensor], Tensor]) -> None:
         self._silu_mul = silu_mul
         self._fused: _PackedGate | None = None
+        self.ranks = 0
         if all(type(layer) is nn.Linear and _packs(layer.weight) for layer in (gate, up)):
             self._fused = _PackedGate(gate, up)
         else:
             self._both = Projection([gate, up], names)
+            self.ranks = self._both.ranks
 
     def __call__(self, x: Tensor, adapters: Tensor) -> Tensor:
         """From ``(N, in)`` to ``(N, out)``; `adapters` has the number of each row's, -1 for none."""
@@ -250,5 +257,4 @@ def _beside(modules: Sequence[Any], names: Sequence[str]) -> _Lora | None:
             owners += [number] * len(down)
     if not downs:
         return None
-    down, up = _product(torch.cat(downs)), _product(torch.cat(ups, 1))
-    return _Lora(down, up, torch.tensor(owners, device=downs[0].device))
+    return _Lora(torch.cat(downs), torch.cat(ups, 1), torch.tensor(owners, device=downs[0].device))

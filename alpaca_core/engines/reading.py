@@ -14,6 +14,7 @@ from itertools import chain, islice
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
@@ -29,6 +30,8 @@ _HEADS = 128
 """States whose logits are made at once on a GPU."""
 _FEW_HEADS = 16
 """Likewise on the CPU."""
+_PATIENCE = 4
+"""Passes over prompts for which inner nodes wait that do not fill one."""
 
 
 @dataclass(slots=True)
@@ -100,6 +103,7 @@ class Reader:
         self._most = math.inf  # rows at once
         self._lines: deque[deque[_Reading]] = deque()
         self._nodes: _Batch = []  # tiles of tries whose prompts have been read
+        self._passed = 0  # times that they were left for prompts
         self._passes: deque[_Pass] = deque()
         self._held: dict[int, _Reading] = {}
 
@@ -127,7 +131,8 @@ class Reader:
         for reading in [each for each in self._held.values() if each.request is request]:
             self._nodes = [each for each in self._nodes if each[1][0] is not reading]
             self._leave(reading)
-        self._memory.leave(self)
+        if not self._lines:
+            self._memory.leave(self)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -143,9 +148,11 @@ class Reader:
         before, finished = len(self._passes), self.finished
         try:
             many = sum(len(tile.ids) for tile, _ in self._nodes) >= self.shape.tokens
-            tiles = [] if many else self._prompts()
+            due = many or self._passed == _PATIENCE
+            tiles = [] if due else self._prompts()
             self._read(tiles, every=False)
-            if many or not tiles:
+            self._passed = self._passed + 1 if tiles and self._nodes else 0
+            if due or not tiles:
                 nodes, self._nodes = self._nodes, []
                 self._read(nodes, every=True)
         except ShortOfMemory:
@@ -304,7 +311,7 @@ class Reader:
         places = [place for place, _, _ in wanted]
         index = torch.tensor([*places, *places[:1] * (size - len(places))]).to(states.device, non_blocking=True)
         logits = self._llama.logits(states[index])  # size, V
-        norms = logits.logsumexp(-1)
+        norms = norms_of(logits)
         lanes: list[int] = []
         tokens: list[int] = []
         to: list[tuple[_Reading, int]] = []
@@ -316,6 +323,15 @@ class Reader:
         lane, token = torch.tensor([lanes, tokens], dtype=torch.long).to(states.device, non_blocking=True)
         found.edges.append((to, Arriving(logits[lane, token] - norms[lane])))
         found.norms.append(([reading for _, reading, _ in wanted], Arriving(norms)))
+
+
+def norms_of(logits: Tensor) -> Tensor:
+    """Log of the sum of each row's exponentials, ``(N, vocab)`` to ``(N,)``, the same bits wherever the row stands.
+
+    On a GPU torch adds a row up in another order where it begins off a multiple of 16 bytes, as every other row of
+    32,001 tokens does; so rows get a multiple of 4 numbers.
+    """
+    return pad(logits, (0, -logits.shape[1] % 4), value=-math.inf).logsumexp(-1)
 
 
 def _children(trie: Trie) -> dict[int, list[int]]:

@@ -88,7 +88,8 @@ class Runner(Generating[_Row]):
         self._leave([row for row in self._rows if row and row.request is request])
         # those whose last token is on its way have left their slots, but not their pages
         self._leave([row for _, rows in self._behind for row in rows if row.request is request])
-        self._memory.leave(self)
+        if not self._waiting:
+            self._memory.leave(self)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -133,7 +134,7 @@ class Runner(Generating[_Row]):
         free = [slot for slot, row in enumerate(self._rows) if row is None]
         free = free[: max(0, self._most - (len(self._rows) - len(free)))]
         if not self._waiting or not free or len(free) < min(len(self._waiting), self._most // 8):
-            return  # a pass over prompts costs the same for one row as for many
+            return  # a pass over the prompts of few costs more a row than one of many
         next_rows = [self._waiting[place] for place in range(min(len(free), len(self._waiting)))]
         self._memory.expect([row.size for row in next_rows])
         tiles: list[tuple[Tile, _Row | None]] = []

@@ -106,7 +106,8 @@ class Searcher(Generating[_Row]):
         self._waiting = deque(row for row in self._waiting if row.request is not request)
         for row in [row for row in self._live if row.request is request]:
             self._leave(row)
-        self._memory.leave(self)
+        if not self._waiting:
+            self._memory.leave(self)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -152,7 +153,7 @@ class Searcher(Generating[_Row]):
             free -= row.lanes
         some = len(rows) < len(self._waiting) and sum(row.lanes for row in rows) < self.shape.slots // 8
         if not rows or (self._live and some):
-            return  # a pass over prompts costs the same for one row as for many
+            return  # a pass over the prompts of few costs more a row than one of many
         self._memory.expect([row.size for row in rows])
         tiles: list[tuple[Tile, _Row | None]] = []
         try:

@@ -28,22 +28,21 @@ class Request:
         ended: Where results are put, each with its row's index; several requests may share it.
     """
 
-    def __init__(self, count: int, ended: list[tuple[int, Outcome]] | None = None) -> None:
+    def __init__(self, count: int, ended: deque[tuple[int, Outcome]] | None = None) -> None:
         self.left = count
-        self.ended: list[tuple[int, Outcome]] = [] if ended is None else ended
+        self.ended: deque[tuple[int, Outcome]] = deque() if ended is None else ended
         self.cancelled = False
 
     def end(self, index: int, outcome: Outcome) -> None:
         """Put a row's result there, unless nobody wants it any more."""
-        self.left -= 1
         if not self.cancelled:
             self.ended.append((index, outcome))
+        self.left -= 1  # after that: whoever reads both without a lock misses nothing
 
-    def take(self) -> list[tuple[int, Outcome]]:
+    def take(self) -> Iterator[tuple[int, Outcome]]:
         """Take out what has come back."""
-        taken = self.ended[:]
-        self.ended.clear()
-        return taken
+        while self.ended:
+            yield self.ended.popleft()
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -16,8 +16,10 @@ from alpaca_core.engines import native
 from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.quantizing import ends_of, recipe
+from alpaca_core.engines.reading import norms_of
 from alpaca_core.engines.sampling import Warper
 from alpaca_core.engines.sharing import keep
+from alpaca_core.model import GenerateRow
 from alpaca_core.spec import Sampling
 from alpaca_core.tokenizer import Tokenizer
 from tests.engines.conftest import wrapped
@@ -53,16 +55,54 @@ def test_a_row_has_the_same_bits_in_another_order_and_alone(make: Make) -> None:
         assert results(model, [prompts[place]]) == [expected[place]]
 
 
-def test_passes_that_are_not_full_give_the_same_bits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = texts(60)
-    model = make(batch_size=64)
+@pytest.mark.parametrize("adapters", [(), ("default",), ("default", "other", "third")])
+def test_passes_that_are_not_full_give_the_same_bits(
+    make_network: Callable[..., Any],
+    add_adapters: Callable[..., Any],
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    adapters: tuple[str, ...],
+) -> None:
+    def make() -> NativeModel:
+        network = make_network(hidden_size=256, intermediate_size=512, max_position_embeddings=1024)
+        network = add_adapters(network, adapters) if adapters else network
+        return wrapped(NativeModel, tokenizer, network.to("cuda", torch.bfloat16), adapters, batch_size=64)
+
+    prompts, chosen = texts(60), (*adapters, None)
+    model = make()
     assert model._recovery.shape.grain < model._recovery.shape.tokens, "cuBLAS sums in another order on this GPU"
-    expected = results(model, prompts)
+    expected = results(model, prompts, chosen)
     for place in range(6):
         model._memory.pages.forget()
-        assert results(model, [prompts[place]]) == [expected[place]]
+        assert results(model, [prompts[place]], chosen) == [expected[place]]
     monkeypatch.setattr(native, "_GPU_GRAIN", 4096)
-    assert results(make(batch_size=64), prompts) == expected
+    assert results(make(), prompts, chosen) == expected
+
+
+@pytest.mark.parametrize("vocab", [258, 32_000, 32_001, 32_003])
+def test_a_rows_norm_does_not_depend_on_its_place(vocab: int) -> None:
+    rows = torch.randn(128, vocab, device="cuda", generator=torch.Generator("cuda").manual_seed(vocab)) * 5
+    expected = norms_of(rows)
+    for shift in (1, 2, 3, 5, 64):
+        assert torch.equal(norms_of(rows.roll(shift, 0)).roll(-shift, 0), expected)
+    assert torch.allclose(expected.double(), rows.double().logsumexp(-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 40, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_ranks_of_adapters_are_those_of_a_product(ranks: int, dtype: torch.dtype) -> None:
+    from alpaca_core.engines.kernels import ranks_of
+
+    draw = torch.Generator("cuda").manual_seed(ranks)
+    x = torch.randn(300, 1000, device="cuda", generator=draw).to(dtype)
+    down = torch.randn(ranks, 1000, device="cuda", generator=draw).to(dtype)
+    owners = torch.arange(ranks, device="cuda") % 3
+    adapters = torch.arange(300, device="cuda") % 4 - 1
+    expected = (x.double() @ down.double().t()) * (adapters[:, None] == owners)
+    found = ranks_of(x, down, adapters, owners)
+    assert (found.double() - expected).norm() / expected.norm() < {torch.float32: 1e-5}.get(dtype, 5e-3)
+    assert torch.equal(ranks_of(x[:256], down, adapters[:256], owners), found[:256])
+    assert not found[adapters == -1].any()
 
 
 @pytest.mark.parametrize("vocab", [7, 4096, 32_000, 151_936])
@@ -92,6 +132,12 @@ def test_top_k_and_top_p_cut_what_they_cut_on_a_cpu(vocab: int, spread: float, t
     found = cut(logits.cuda(), temperatures, ranks, masses).cpu()
     assert torch.equal(found == -torch.inf, expected)
     assert torch.equal(found[~expected], logits[~expected])
+
+
+def test_a_top_k_larger_than_any_number_of_the_machine_keeps_all(make: Make) -> None:
+    rows = [GenerateRow((3, 4), Sampling(temperature=1.0, max_new_tokens=4, top_k=top_k)) for top_k in (None, 2**70)]
+    found = dict(make().generate(rows))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("ends", [True, False])

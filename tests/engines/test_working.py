@@ -1,5 +1,7 @@
 """Calls that share an engine: none waits for ever for memory, and rows that nobody wants are not computed."""
 
+import gc
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ from alpaca_core.engines.llama import Llama
 from alpaca_core.engines.memory import Memory
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.packing import PAGE, TILE
-from alpaca_core.model import GenerateRow, RowError, ScoreRow
+from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
 from alpaca_core.spec import Sampling
 from tests.engines.test_native import TRIE, results, texts
 
@@ -118,4 +120,58 @@ def test_judged_rows_that_are_dropped_are_read_no_further(
     assert found[7] == expected
     assert sum(read) <= len(prompts[7]) + TILE
     assert len(feed) == 0
+    assert not model._memory.pages.in_use
+
+
+def test_a_row_with_labels_of_several_tokens_is_not_left_for_rows_that_keep_coming(
+    make_native: Callable[..., NativeModel],
+) -> None:
+    model = make_native()
+    expected = dict(model.loglikelihood([ScoreRow((7, 8, 9), TRIE)]))[0]
+    feed = model.feed()
+    keys = iter(range(1, 10**6))
+    short = Trie.of([[5], [6]])[0]
+
+    def add() -> None:
+        key = next(keys)
+        feed.add(key, ScoreRow(tuple((key * place) % 251 for place in range(1, 120)), short))
+
+    for _ in range(40):
+        add()
+    feed.add(0, ScoreRow((7, 8, 9), TRIE))
+    for count in range(60):
+        found = dict(feed.step())
+        for _ in found:
+            add()
+        if 0 in found:
+            assert found[0] == expected
+            assert count < 12
+            return
+    raise AssertionError("it never came out")
+
+
+def test_a_generator_that_is_collected_in_mid_step_gives_its_rows_back_after_it(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_native()
+    rows = [GenerateRow((3, key), Sampling(max_new_tokens=4 + key)) for key in range(12)]
+    expected = dict(model.generate(rows))
+    abandoned = model.generate(rows)
+    next(abandoned)
+    cycle: list[object] = [abandoned]
+    cycle.append(cycle)
+    del abandoned, cycle
+    plain, collected = Llama.step, []
+
+    def step(self: Llama, *args: object) -> torch.Tensor:
+        collected.append(gc.collect())
+        return plain(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Llama, "step", step)
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(dict(model.generate(rows))), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found == [expected]
+    assert any(collected)
     assert not model._memory.pages.in_use
