@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -34,7 +35,6 @@ from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
 from alpaca_core.spec import ModelSpec, NamedAdapter, digest_of
 
 _LOG = logging.getLogger(__name__)
-_GIB = 2**30
 _LOADS = 5
 """Loads in a row that may fail after one that did not: whatever is in the way may go."""
 _FIRST_LOADS = 3
@@ -191,7 +191,7 @@ class WarmModel:
                 "info": self.loaded.info if self.loaded else None,
                 "uptime": time.monotonic() - self._started,
                 "idle": self.idle(),
-                "memory_gib": _resident(pid) / _GIB,
+                "memory_gib": _resident(pid) / 2**30,
                 "waiting": scheduler.waiting,
                 "running": scheduler.running,
                 "clients": scheduler.clients,
@@ -278,12 +278,17 @@ class WarmModel:
                     self._fail(error)
                     return
             assert self._engine is not None
-            before = memory_kills()
-            code = await self._engine.listen(self.settings.hang, lambda: self.scheduler.running > 0)
+            kills = deque([memory_kills()], maxlen=3)  # of late: those of days ago are somebody else's
+
+            def busy(kills: deque[int] = kills) -> bool:
+                kills.append(memory_kills())
+                return self.scheduler.running > 0
+
+            code = await self._engine.listen(self.settings.hang, busy)
             self.restarts += 1
             self._ready.clear()
             # SIGTERM and SIGKILL come from a person, unless the system says that it was short of memory
-            outside = code == -signal.SIGTERM or (code == -signal.SIGKILL and memory_kills() == before)
+            outside = code == -signal.SIGTERM or (code == -signal.SIGKILL and memory_kills() == kills[0])
             self.scheduler.died(0.25 if outside else 1.0)
             if self.scheduler.in_vain >= _IN_VAIN:
                 self._fail(LoadError(f"an engine gives results, but {_IN_VAIN} died without one. Read the host's log."))
