@@ -179,6 +179,7 @@ ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"
 KILLER = 99
 HANGER = 98
 LOOPER = 97
+SLOW = 96
 WORKER = ("sleep", "1234")
 _DEADLY = f"""
 import os, sys, time
@@ -194,6 +195,8 @@ if "{ENGINE}" in sys.orig_argv:
             if {LOOPER} in row.prompt_ids:
                 time.sleep(0.01)
                 return []
+            if {SLOW} in row.prompt_ids:
+                time.sleep(1.0)
         return plain(self)
     feeding.NativeFeed.step = step
     if os.environ.get("TESTS_LINGER"):
@@ -213,8 +216,8 @@ if "{ENGINE}" in sys.orig_argv:
             return plain_attach(network, adapters, dtype)
         weights.attach = attach
 """
-"""Makes engines die, hang or turn round of rows with one of three tokens, linger at their end, begin a process of their
-own, or note their loads and have no memory for two adapters: no part of the project, only of these tests' processes."""
+"""Makes engines die, hang, turn round or be slow of rows with one of four tokens, linger at their end, begin a process of
+their own, or note their loads and have no memory for two adapters: no part of the project, only of these tests' processes."""
 
 ADAPTERS = ("default", "pirate", "poet", "clerk")
 
