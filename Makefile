@@ -20,8 +20,8 @@ demo: .venv/installed ## answer questions and judge headlines as Prefect flows, 
 test: .venv/installed ## run every test
 	$(BIN)/python -m pytest
 
-soak: .venv/installed ## kill hosts and engines at 50 random instants under load (minutes)
-	ALPACA_SOAK_KILLS=50 $(BIN)/python -m pytest tests/host/test_chaos.py
+soak: .venv/installed ## kill hosts and engines at 50 random instants under load, and more that takes minutes
+	ALPACA_SOAK_KILLS=50 $(BIN)/python -m pytest tests/host/test_chaos.py tests/host/test_engines.py
 
 test-vllm: .venv-vllm/installed ## run the contract tests on vLLM, built for a CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/loading/test_vllm.py tests/engines/test_vllm.py \

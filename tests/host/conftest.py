@@ -221,6 +221,8 @@ their own, or note their loads and have no memory for two adapters: no part of t
 
 ADAPTERS = ("default", "pirate", "poet", "clerk")
 
+soaking = pytest.mark.skipif("ALPACA_SOAK_KILLS" not in os.environ, reason="`make soak` runs this")
+
 
 @pytest.fixture(scope="session")
 def checkpoint(

@@ -36,6 +36,7 @@ from tests.host.conftest import (
     engines,
     host_of,
     processes,
+    soaking,
     spec_of,
     until,
 )
@@ -73,7 +74,7 @@ async def results(ticket: Ticket, count: int) -> list[Any]:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=soaking), signal.SIGABRT, signal.SIGSTOP])
 def test_an_engine_is_replaced_within_a_load_and_ten_seconds(how: signal.Signals, base: Path, deadly: Path) -> None:
     began = time.monotonic()
     with at_host(spec_of(base), "auto") as model, ThreadPoolExecutor(1) as pool:
@@ -226,6 +227,7 @@ def test_a_kill_for_want_of_memory_counts_as_a_death_of_its_own(
     asyncio.run(drive())
 
 
+@soaking
 @pytest.mark.end_to_end
 def test_adapters_that_nobody_names_leave_at_the_next_load(base: Path, folder: Path) -> None:
     async def drive() -> None:
@@ -254,6 +256,7 @@ def test_adapters_that_nobody_names_leave_at_the_next_load(base: Path, folder: P
     asyncio.run(drive())
 
 
+@soaking
 @pytest.mark.end_to_end
 def test_adapters_for_which_there_is_no_memory_are_not_tried_again_at_once(
     base: Path, deadly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
