@@ -216,8 +216,8 @@ if "{ENGINE}" in sys.orig_argv:
             return plain_attach(network, adapters, dtype)
         weights.attach = attach
 """
-"""Makes engines die, hang, turn round or be slow of rows with one of four tokens, linger at their end, begin a process of
-their own, or note their loads and have no memory for two adapters: no part of the project, only of these tests' processes."""
+"""Makes engines die, hang, turn round or be slow of rows with one of four tokens, linger at their end, begin a process
+of their own, or note their loads and have no memory for two adapters: part of these tests' processes alone."""
 
 ADAPTERS = ("default", "pirate", "poet", "clerk")
 
