@@ -82,6 +82,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.engines.llama",
     "alpaca_core.engines.projections",
     "alpaca_core.engines.kernels",
+    "alpaca_core.engines.product_kernels",
     "alpaca_core.engines.choice_kernels",
     "alpaca_core.engines.eager",
     "alpaca_core.engines.pages",

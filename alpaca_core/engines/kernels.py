@@ -5,28 +5,48 @@ beginning, and what a mask hides is not loaded: so a row's numbers come out the 
 Letters as in `eager`.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alpaca_core.engines.packing import PAGE, TILE, Packed
 
 _SEGMENT = 256
 """Tokens of a row that one program of a decode step reads; longer rows are joined from several."""
+_FEW = 512
+"""Rows times key heads that do not fill a GPU; their programs read a quarter of a segment."""
 _LOG2_E = 1.4426950408889634
+
+
+@cache
+def early(device: torch.device) -> bool:
+    """Whether a kernel's programs may be started before the kernel ahead has ended: programmatic dependent launch."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit
+def _await(EARLY: tl.constexpr):
+    """Let the kernel behind start, and wait for the end of the one ahead, whose results are read from here on."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
     out = torch.empty_like(x)
-    width = x.shape[-1]
-    _norm[(x.shape[0],)](x, weight, out, eps, width, triton.next_power_of_2(width), num_warps=8)
+    width, soon = x.shape[-1], early(x.device)
+    _norm[(x.shape[0],)](x, weight, out, eps, width, triton.next_power_of_2(width), soon, num_warps=8, launch_pdl=soon)
     return out
 
 
 @triton.jit
-def _norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    _await(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -40,13 +60,14 @@ def _norm(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.conste
 def silu_mul(both: Tensor) -> Tensor:
     """SiLU of the first half of each row, times the second half."""
     width = both.shape[-1] // 2
-    out = both.new_empty(both.shape[0], width)
-    _silu_mul[(both.shape[0], triton.cdiv(width, 1024))](both, out, width, 1024, num_warps=4)
+    out, soon = both.new_empty(both.shape[0], width), early(both.device)
+    _silu_mul[(both.shape[0], triton.cdiv(width, 1024))](both, out, width, 1024, soon, num_warps=4, launch_pdl=soon)
     return out
 
 
 @triton.jit
-def _silu_mul(both_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(both_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    _await(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -68,47 +89,54 @@ def plan_step(
 
 
 def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Tensor, Tensor], heads: int) -> Tensor:
-    """Rotate, store keys and values, and attend from every tile to its context and to itself."""
+    """Rotate where they stand, store keys and values, and attend from every tile to its context and to itself."""
     packed, cos, sin = plan
     kv, width = keys.shape[2:]
-    steps = keys.stride()[:3]
-    _store[(qkv.shape[0], 2)](
+    steps, soon = keys.stride()[:3], early(qkv.device)
+    _rotate[(qkv.shape[0], 2)](
         qkv, cos, sin, packed.positions, packed.places, keys, values, *steps, heads, kv, width, PAGE,
-        triton.next_power_of_2(kv), num_warps=4,
+        triton.next_power_of_2(heads + kv), triton.next_power_of_2(kv), soon, num_warps=4, launch_pdl=soon,
     )  # fmt: skip
     out = qkv.new_empty(qkv.shape[0], heads * width)  # what is in no tile stays as it is, and in its row
     _read_tiles[(packed.starts.shape[0], heads)](
-        qkv, out, keys, values, *steps, cos, sin, packed.positions, packed.starts, packed.counts, packed.lanes,
-        packed.contexts, packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width,
-        TILE, PAGE, 2 * TILE, num_warps=4,
+        qkv, out, keys, values, *steps, packed.starts, packed.counts, packed.lanes, packed.contexts, packed.sees,
+        packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, PAGE, 2 * TILE, soon,
+        num_warps=2, launch_pdl=soon,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _store(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step,
-           head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-           LANES: tl.constexpr):  # fmt: skip
-    """One program for a token's keys, which are turned where they stand, too, and one for its values."""
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head, half = tl.arange(0, LANES)[:, None], tl.arange(0, D // 2)[None]
-    good = head < KV
-    at = qkv_ptr + token * (HEADS + 2 * KV) * D + (HEADS + part * KV + head) * D + half
-    first, second = tl.load(at, good), tl.load(at + D // 2, good)
+def _rotate(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step,
+            head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+            BOTH: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """One program for a token's queries and keys, which are turned and its keys stored, and one for its values."""
+    _await(EARLY)
+    token, half = tl.program_id(0).to(tl.int64), tl.arange(0, D // 2)[None]
+    own = qkv_ptr + token * (HEADS + 2 * KV) * D
     place = tl.load(place_ptr + token)
-    to = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + head * head_step + half
-    if part == 0:
+    to = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + half
+    if tl.program_id(1) == 0:
+        head = tl.arange(0, BOTH)[:, None]
+        good, key = head < HEADS + KV, (head >= HEADS) & (head < HEADS + KV)
+        near = own + head * D + half
         turn = tl.load(position_ptr + token).to(tl.int64) * (D // 2) + half
         cos, sin = tl.load(cos_ptr + turn), tl.load(sin_ptr + turn)
+        first, second = tl.load(near, good), tl.load(near + D // 2, good)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first, second = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
-        tl.store(at, first, good)
-        tl.store(at + D // 2, second, good)
-        tl.store(keys_ptr + to, first, good)
-        tl.store(keys_ptr + to + D // 2, second, good)
+        tl.store(near, first, good)
+        tl.store(near + D // 2, second, good)
+        stored = keys_ptr + to + (head - HEADS) * head_step
+        tl.store(stored, first, key)
+        tl.store(stored + D // 2, second, key)
     else:
-        tl.store(values_ptr + to, first, good)
-        tl.store(values_ptr + to + D // 2, second, good)
+        value = tl.arange(0, LANES)[:, None]
+        there = value < KV
+        far = own + (HEADS + KV + value) * D + half
+        kept = values_ptr + to + value * head_step
+        tl.store(kept, tl.load(far, there), there)
+        tl.store(kept + D // 2, tl.load(far + D // 2, there), there)
 
 
 @triton.jit
@@ -119,11 +147,12 @@ def _weigh(score, v, most, total, acc):
     return new, total * old + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
 
 
-@triton.jit
-def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, cos_ptr, sin_ptr,
-                position_ptr, start_ptr, count_ptr, lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale,
-                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["table_step"])
+def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, start_ptr, count_ptr,
+                lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale, HEADS: tl.constexpr, KV: tl.constexpr,
+                D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr):  # fmt: skip
+    _await(EARLY)
     tile, head = tl.program_id(0), tl.program_id(1)
     kv = head // (HEADS // KV)
     width: tl.constexpr = (HEADS + 2 * KV) * D
@@ -135,10 +164,6 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     pages = table_ptr + tile.to(tl.int64) * table_step
     rows = qkv_ptr + token[:, None] * width
     q = tl.load(rows + head * D + at[None], real[:, None], 0.0)
-    other = tl.load(rows + head * D + ((at + D // 2) % D)[None], real[:, None], 0.0)
-    turn = tl.load(position_ptr + token, real, 0).to(tl.int64)[:, None] * (D // 2) + (at % (D // 2))[None]
-    sin = tl.load(sin_ptr + turn) * tl.where(at < D // 2, -1.0, 1.0)[None]
-    q = (q.to(tl.float32) * tl.load(cos_ptr + turn) + other.to(tl.float32) * sin).to(q.dtype)
     most = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
@@ -174,16 +199,19 @@ def step(
     """Rotate, store and attend for one new token of each row."""
     lengths, table, cos, sin, longest = plan
     rows, (kv, width) = qkv.shape[0], keys.shape[2:]
-    group, parts = heads // kv, triton.cdiv(longest, _SEGMENT)
+    segment = _SEGMENT if rows * kv > _FEW else _SEGMENT // 4
+    group, parts = heads // kv, triton.cdiv(longest, segment)
     lanes = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     out = qkv.new_empty(rows, heads * width)
     sums = torch.empty(rows, heads, parts, width, device=qkv.device)
     norms = torch.empty(rows, heads, parts, 2, device=qkv.device)
+    soon = early(qkv.device)
     _step[(rows, kv, parts)](
         qkv, sums, norms, keys, values, *keys.stride()[:3], cos, sin, lengths, table, table.stride(0),
-        width**-0.5 * _LOG2_E, parts, heads, kv, width, PAGE, 2 * TILE, _SEGMENT, group, lanes, num_warps=2,
+        width**-0.5 * _LOG2_E, parts, heads, kv, width, PAGE, 2 * TILE, segment, group, lanes, soon, num_warps=2,
+        launch_pdl=soon,
     )  # fmt: skip
-    _join[(rows, heads)](sums, norms, out, lengths, parts, heads, width, _SEGMENT, num_warps=1)
+    _join[(rows, heads)](sums, norms, out, lengths, parts, heads, width, segment, soon, num_warps=1, launch_pdl=soon)
     return out
 
 
@@ -191,12 +219,13 @@ def step(
 def _step(qkv_ptr, sum_ptr, norm_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, cos_ptr, sin_ptr,
           length_ptr, table_ptr, table_step, scale, PARTS, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
           PAGE: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr,
-          LANES: tl.constexpr):  # fmt: skip
+          LANES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One program a row, key head and segment of the row; the first one stores the new key and value.
 
     The number of segments is no constant, and `_join` runs for one segment, too: a kernel that is compiled otherwise
     where all rows are short gave such rows other bits.
     """
+    _await(EARLY)
     row, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(length_ptr + row)
     first = part * SEGMENT
@@ -252,8 +281,10 @@ def _step(qkv_ptr, sum_ptr, norm_ptr, keys_ptr, values_ptr, page_step, token_ste
 
 
 @triton.jit(do_not_specialize=["PARTS"])
-def _join(sum_ptr, norm_ptr, out_ptr, length_ptr, PARTS, HEADS: tl.constexpr, D: tl.constexpr, SEGMENT: tl.constexpr):
+def _join(sum_ptr, norm_ptr, out_ptr, length_ptr, PARTS, HEADS: tl.constexpr, D: tl.constexpr, SEGMENT: tl.constexpr,
+          EARLY: tl.constexpr):  # fmt: skip
     """Join the segments of one row and head, in their order."""
+    _await(EARLY)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, D)
     base = (row * HEADS + head) * PARTS
@@ -267,109 +298,3 @@ def _join(sum_ptr, norm_ptr, out_ptr, length_ptr, PARTS, HEADS: tl.constexpr, D:
         acc = acc * old + tl.load(sum_ptr + (base + part) * D + at) * fresh
         most = new
     tl.store(out_ptr + (row * HEADS + head) * D + at, (acc / total).to(out_ptr.dtype.element_ty))
-
-
-def one_row(x: Tensor, weight: Tensor, add_to: Tensor | None) -> Tensor:
-    """Multiply one row by a matrix, ``(1, in)`` and ``(out, in)``, as fast as the matrix can be read."""
-    size, inner = weight.shape
-    out = x.new_empty(1, size) if add_to is None else add_to
-    rows, block = (2, 2048) if inner <= 4096 else (1, 4096)  # the best of thirteen at LLaMA-7B's shapes, one H100
-    _one_row[(triton.cdiv(size, rows),)](x, weight, out, size, inner, rows, block, add_to is not None, num_warps=8)
-    return out
-
-
-@triton.jit
-def _one_row(x_ptr, weight_ptr, out_ptr, SIZE, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-             ADD: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    good = row < SIZE
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, INNER, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, at < INNER, 0.0).to(tl.float32)
-        near = weight_ptr + row[:, None].to(tl.int64) * INNER + at[None]
-        weight = tl.load(near, good[:, None] & (at < INNER)[None], 0.0, eviction_policy="evict_first")
-        sums += weight.to(tl.float32) * x[None]
-    y = tl.sum(sums, 1)
-    if ADD:
-        y += tl.load(out_ptr + row, good, 0.0).to(tl.float32)
-    tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), good)
-
-
-def ranks_of(x: Tensor, down: Tensor, adapters: Tensor, owners: Tensor) -> Tensor:
-    """Multiply rows by the A of several LoRA adapters side by side, and leave to each row what its own adapter made.
-
-    With so few columns cuBLAS cuts sums into parts, by the number of rows; here a row's sums are the same among any.
-
-    Args:
-        x: ``(N, in)``.
-        down: ``(ranks, in)``.
-        adapters: Number of each row's adapter.
-        owners: Which adapter each rank belongs to.
-
-    Returns:
-        ``(N, ranks)``.
-    """
-    rows, inner = x.shape
-    out = x.new_empty(rows, len(down))
-    block = min(64, max(16, triton.next_power_of_2(len(down))))
-    _ranks_of[(triton.cdiv(rows, 16), triton.cdiv(len(down), block))](
-        x, down, adapters, owners, out, rows, inner, len(down), 16, block, 128, num_warps=4, num_stages=4
-    )
-    return out
-
-
-@triton.jit
-def _ranks_of(x_ptr, down_ptr, adapter_ptr, owner_ptr, out_ptr, ROWS, INNER, RANKS, BLOCK: tl.constexpr,
-              WIDE: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    real, good = row < ROWS, rank < RANKS
-    sums = tl.zeros((BLOCK, WIDE), tl.float32)
-    for first in range(0, INNER, STEP):
-        at = first + tl.arange(0, STEP)
-        x = tl.load(x_ptr + row[:, None] * INNER + at[None], real[:, None] & (at < INNER)[None], 0.0)
-        near = down_ptr + rank[None] * INNER + at[:, None]
-        sums = tl.dot(x, tl.load(near, good[None] & (at < INNER)[:, None], 0.0), sums, input_precision="ieee")
-    own = tl.load(adapter_ptr + row, real, -1)[:, None] == tl.load(owner_ptr + rank, good, -2)[None]
-    to = out_ptr + row[:, None] * RANKS + rank[None]
-    tl.store(to, tl.where(own, sums, 0.0).to(out_ptr.dtype.element_ty), real[:, None] & good[None])
-
-
-def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row by its largest number (LLM.int8(), arXiv 2208.07339, section 3.1): int8, and the largest."""
-    rows, width = x.shape
-    out, most = torch.empty_like(x, dtype=torch.int8), torch.empty(rows, device=x.device)
-    _to_int8[(rows,)](x, out, most, width, triton.next_power_of_2(width), num_warps=8)
-    return out, most
-
-
-@triton.jit
-def _to_int8(x_ptr, out_ptr, most_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * WIDTH + at, at < WIDTH, 0.0).to(tl.float32)
-    most = tl.max(tl.abs(x))
-    turned = x * (127.0 / tl.maximum(most, 1e-30))
-    turned = tl.floor(tl.abs(turned) + 0.5) * tl.where(turned < 0, -1.0, 1.0)
-    tl.store(out_ptr + row * WIDTH + at, turned.to(tl.int8), at < WIDTH)
-    tl.store(most_ptr + row, tl.where(tl.max(tl.where(x == x, 0, 1)) == 1, float("nan"), most))
-
-
-def from_int8(sums: Tensor, rows: Tensor, columns: Tensor, out: Tensor, *, add: bool) -> Tensor:
-    """Scale a product of int8 matrices back by the largest numbers of its rows and columns, into or onto `out`."""
-    size, block = out.shape[1], 1024
-    _from_int8[(out.shape[0], triton.cdiv(size, block))](sums, rows, columns, out, size, block, add, num_warps=4)
-    return out
-
-
-@triton.jit
-def _from_int8(sums_ptr, row_ptr, column_ptr, out_ptr, SIZE, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
-    scale = tl.load(row_ptr + row) * tl.load(column_ptr + at, inside, 0.0) * (1.0 / 16129.0)
-    y = tl.load(sums_ptr + row * SIZE + at, inside, 0).to(tl.float32) * scale
-    if ADD:
-        y += tl.load(out_ptr + row * SIZE + at, inside, 0.0).to(tl.float32)
-    tl.store(out_ptr + row * SIZE + at, y.to(out_ptr.dtype.element_ty), inside)

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from alpaca_core.engines import eager
 from alpaca_core.engines.lora import CausalLM, bare, names_of
 from alpaca_core.engines.packing import PAGE, Packed
-from alpaca_core.engines.projections import Gate, Projection, is_steady, random_rows
+from alpaca_core.engines.projections import Gate, Norm, Projection, is_steady, random_rows
 
 _FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
 _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -55,13 +55,13 @@ def runs(network: CausalLM) -> bool:
 class _Layer:
     """Weights of one layer."""
 
-    def __init__(self, layer: Any, names: list[str], operations: ModuleType) -> None:
+    def __init__(self, layer: Any, names: list[str], operations: ModuleType, eps: float) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.before_attention: Tensor = layer.input_layernorm.weight
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names)
+        before_attention = Norm(operations.norm, layer.input_layernorm.weight, eps)
+        before_mlp = Norm(operations.norm, layer.post_attention_layernorm.weight, eps)
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names, before_attention)
         self.out = Projection([attention.o_proj], names)
-        self.before_mlp: Tensor = layer.post_attention_layernorm.weight
-        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul)
+        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul, before_mlp)
         self.down = Projection([mlp.down_proj], names)
         self.ranks = self.qkv.ranks, self.out.ranks, self.gate.ranks, self.down.ranks
 
@@ -84,13 +84,12 @@ class Llama:
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
         self.width: int = body.layers[0].self_attn.head_dim
-        self.eps: float = config.rms_norm_eps
         self.embedding: Tensor = body.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.norm: Tensor = body.norm.weight
-        self.head = Projection([base.lm_head])
         self.operations: ModuleType = _operations(self.device)
-        self.layers = [_Layer(layer, names, self.operations) for layer in body.layers]
+        eps: float = config.rms_norm_eps
+        self.layers = [_Layer(layer, names, self.operations, eps) for layer in body.layers]
+        self.head = Projection([base.lm_head], norm=Norm(self.operations.norm, body.norm.weight, eps))
         # transformers' own module, so that scaled positions are scaled as the family does it
         places = torch.arange(config.max_position_embeddings, device=self.device)
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
@@ -147,19 +146,19 @@ class Llama:
             every: Whether states are wanted of all tokens, or of the last one of each tile.
 
         Returns:
-            The last states, normalized: ``(N, width)``, or ``(len(packed.ends), width)``.
+            The last states: ``(N, width)``, or ``(len(packed.ends), width)``.
         """
         ops = self.operations
         x, adapters = embedding(packed.ids, self.embedding), packed.adapters
         plan = ops.plan_tiles(packed, self.cos, self.sin)
         for place, layer in enumerate(self.layers):
-            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
+            qkv = layer.qkv(x, adapters)
             keys, values = cache[place]
             attended = ops.read_tiles(qkv, keys, values, plan, self.heads)
             if not every and place == len(self.layers) - 1:  # behind the last cache nothing else is looked at
                 x, attended, adapters = x[packed.ends], attended[packed.ends], adapters[packed.ends]
             x = self._rest(layer, x, attended, adapters)
-        return ops.norm(x, self.norm, self.eps)  # type: ignore[no-any-return]
+        return x
 
     def step(
         self, tokens: Tensor, lengths: Tensor, table: Tensor, adapters: Tensor, cache: Tensor, longest: int
@@ -181,20 +180,20 @@ class Llama:
         x = embedding(tokens, self.embedding)
         plan = ops.plan_step(lengths, table, self.cos, self.sin, longest)
         for place, layer in enumerate(self.layers):
-            qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
+            qkv = layer.qkv(x, adapters)
             keys, values = cache[place]
             attended = ops.step(qkv, keys, values, plan, self.heads)
             x = self._rest(layer, x, attended, adapters)
-        return self.logits(ops.norm(x, self.norm, self.eps))
+        return self.logits(x)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Return the float32 logits of normalized states, ``(N, vocab)``; on the CPU N is a multiple of 16."""
+        """Return the float32 logits of last states, ``(N, vocab)``; on the CPU N is a multiple of 16."""
         return self.head(states).float()
 
     def _rest(self, layer: _Layer, x: Tensor, attended: Tensor, adapters: Tensor) -> Tensor:
         """What follows attention in a layer; `x` is written."""
         x = layer.out(attended, adapters, add_to=x)
-        inner = layer.gate(self.operations.norm(x, layer.before_mlp, self.eps), adapters)
+        inner = layer.gate(x, adapters)
         return layer.down(inner, adapters, add_to=x)
 
 

@@ -1,6 +1,7 @@
 """Matrix products of the forward pass: dense or quantized weights, and LoRA beside them, chosen per row."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +27,22 @@ class _Dense:
         self._weight, self._bias = weight, bias
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        if x.device.type == "cuda" and len(x) == 1 and self._bias is None:
-            from alpaca_core.engines.kernels import one_row
-
-            return one_row(x, self._weight, add_to)
+        if self.reads_one(x):
+            return self.one_row(x, add_to=add_to)
         if add_to is None:
             return linear(x, self._weight, self._bias)
         add_to.addmm_(x, self._weight.t())
         return add_to if self._bias is None else add_to.add_(self._bias)
+
+    def reads_one(self, x: Tensor) -> bool:
+        """Whether `one_row` is for this input."""
+        return len(x) == 1 and x.device.type == "cuda" and self._bias is None
+
+    def one_row(self, x: Tensor, **told: Any) -> Tensor:
+        """Call `product_kernels.one_row`, as it is told."""
+        from alpaca_core.engines.product_kernels import one_row
+
+        return one_row(x, self._weight, **told)
 
 
 class _Packed:
@@ -110,7 +119,7 @@ class _Int8:
                 layer.state.CB = part
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        from alpaca_core.engines.kernels import from_int8, to_int8
+        from alpaca_core.engines.product_kernels import from_int8, to_int8
 
         turned, rows = to_int8(x)
         sums = torch._int_mm(pad(turned, (0, 0, 0, max(0, _LEAST_INT8 - len(x)))), self._weight.t())
@@ -154,10 +163,23 @@ class _Lora:
     def add(self, y: Tensor, x: Tensor, adapters: Tensor) -> Tensor:
         """Add to `y` what each row's adapter makes of its `x`; `adapters` has their numbers."""
         if x.device.type == "cuda" and len(x) >= _MANY:
-            from alpaca_core.engines.kernels import ranks_of
+            from alpaca_core.engines.product_kernels import ranks_of
 
             return self._up(ranks_of(x, self._matrix, adapters, self._owners), add_to=y)
         return self._up(self._down(x) * (adapters[:, None] == self._owners), add_to=y)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMSNorm: what computes it, its weight, and what is added to the mean of squares."""
+
+    run: Callable[[Tensor, Tensor, float], Tensor]
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension."""
+        return self.run(x, self.weight, self.eps)
 
 
 class Projection:
@@ -169,14 +191,16 @@ class Projection:
     Args:
         modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
         names: PEFT's names of the adapters, by their number.
+        norm: What the input goes through first.
     """
 
-    def __init__(self, modules: Sequence[Any], names: Sequence[str] = ()) -> None:
+    def __init__(self, modules: Sequence[Any], names: Sequence[str] = (), norm: Norm | None = None) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         kinds = {type(base).__name__ for base in bases}
         on_gpu = bases[0].weight.device.type == "cuda"
         make = _plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
         self._weights: _Weights = make(bases)
+        self._norm = norm
         self._lora = _beside(modules, names)
         self.ranks = self._lora.ranks if self._lora else 0  # of all adapters together
 
@@ -188,8 +212,21 @@ class Projection:
             adapters: Number of each row's adapter, -1 for none.
             add_to: What the result is added to; it may be written.
         """
+        if add_to is None and (alone := self.alone(x)) is not None:
+            return alone
+        x = self._norm(x) if self._norm else x
         y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
+
+    def alone(self, x: Tensor, *, gated: bool = False) -> Tensor | None:
+        """Project one row in one kernel with what comes before, and with SiLU of the first half times the second.
+
+        None where that is not so: for more rows, adapters, quantized weights, and on a CPU.
+        """
+        if self._lora is not None or not isinstance(self._weights, _Dense) or not self._weights.reads_one(x):
+            return None
+        told = {"norm": self._norm.weight, "eps": self._norm.eps} if self._norm else {}
+        return self._weights.one_row(x, gated=gated, **told)
 
 
 class Gate:
@@ -200,21 +237,27 @@ class Gate:
         up: Likewise.
         names: PEFT's names of the adapters, by their number.
         silu_mul: SiLU of the first half of each row, times the second half.
+        norm: What the input goes through first.
     """
 
-    def __init__(self, gate: Any, up: Any, names: Sequence[str], silu_mul: Callable[[Tensor], Tensor]) -> None:
-        self._silu_mul = silu_mul
+    def __init__(
+        self, gate: Any, up: Any, names: Sequence[str], silu_mul: Callable[[Tensor], Tensor], norm: Norm
+    ) -> None:
+        self._silu_mul, self._norm = silu_mul, norm
         self._fused: _PackedGate | None = None
         self.ranks = 0
         if all(type(layer) is nn.Linear and _packs(layer.weight) for layer in (gate, up)):
             self._fused = _PackedGate(gate, up)
         else:
-            self._both = Projection([gate, up], names)
+            self._both = Projection([gate, up], names, norm)
             self.ranks = self._both.ranks
 
     def __call__(self, x: Tensor, adapters: Tensor) -> Tensor:
         """From ``(N, in)`` to ``(N, out)``; `adapters` has the number of each row's, -1 for none."""
-        return self._fused(x) if self._fused else self._silu_mul(self._both(x, adapters))
+        if self._fused:
+            return self._fused(self._norm(x))
+        alone = self._both.alone(x, gated=True)
+        return self._silu_mul(self._both(x, adapters)) if alone is None else alone
 
 
 def is_steady(run: Callable[..., Tensor], rows: Sequence[Tensor], counts: Sequence[int]) -> bool:

@@ -88,10 +88,41 @@ def test_a_rows_norm_does_not_depend_on_its_place(vocab: int) -> None:
     assert torch.allclose(expected.double(), rows.double().logsumexp(-1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("inner", "size"), [(8, 3), (64, 258), (576, 1_536), (4_096, 12_288), (11_008, 4_096), (5_000, 77)]
+)
+def test_one_row_is_norm_product_and_gate_in_one(inner: int, size: int, dtype: torch.dtype) -> None:
+    from alpaca_core.engines.product_kernels import one_row
+
+    draw = torch.Generator("cuda").manual_seed(inner)
+    x, scale, onto = (
+        3 * torch.randn(1, many, device="cuda", generator=draw).to(dtype) for many in (inner, inner, size)
+    )
+    weight = torch.randn(2 * size, inner, device="cuda", generator=draw).to(dtype) / inner**0.5
+    normed = torch.nn.functional.rms_norm(x.double(), (inner,), scale[0].double(), 1e-6)
+    gate, up = (normed @ weight.double().t()).chunk(2, -1)
+    expected = {
+        "plain": x.double() @ weight[:size].double().t(),
+        "normed": gate,
+        "gated": torch.nn.functional.silu(gate) * up,
+        "added": x.double() @ weight[:size].double().t() + onto.double(),
+    }
+    found = {
+        "plain": one_row(x, weight[:size]),
+        "normed": one_row(x, weight[:size], norm=scale[0], eps=1e-6),
+        "gated": one_row(x, weight, norm=scale[0], eps=1e-6, gated=True),
+        "added": one_row(x, weight[:size], add_to=onto.clone()),
+    }
+    for name, each in found.items():
+        error = (each.double() - expected[name]).norm() / expected[name].norm()
+        assert error < {torch.float32: 1e-5}.get(dtype, 5e-3), name
+
+
 @pytest.mark.parametrize("ranks", [1, 8, 40, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_ranks_of_adapters_are_those_of_a_product(ranks: int, dtype: torch.dtype) -> None:
-    from alpaca_core.engines.kernels import ranks_of
+    from alpaca_core.engines.product_kernels import ranks_of
 
     draw = torch.Generator("cuda").manual_seed(ranks)
     x = torch.randn(300, 1000, device="cuda", generator=draw).to(dtype)
