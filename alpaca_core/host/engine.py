@@ -88,7 +88,11 @@ def main() -> None:
             tokenizer = model.tokenizer
             parts_of = {"definition": tokenizer.definition, "eos_ids": tokenizer.eos_ids, "named": tokenizer.named}
             pipe.send(ready=model.info.model_dump(mode="json"), tokenizer=parts_of)
-            _run(pipe, model, spec.batch_size)
+            try:
+                _run(pipe, model, spec.batch_size)
+            except Exception:  # after an assertion on a GPU nothing can be closed there any more, and may wait for ever
+                traceback.print_exc()
+                os._exit(1)
     except AlpacaError as error:
         pipe.send(failed=write_error(error))
 

@@ -180,6 +180,8 @@ KILLER = 99
 HANGER = 98
 LOOPER = 97
 SLOW = 96
+ASSERTER = 95
+BREAKER = 94
 WORKER = ("sleep", "1234")
 _DEADLY = f"""
 import os, sys, time
@@ -197,6 +199,13 @@ if "{ENGINE}" in sys.orig_argv:
                 return []
             if {SLOW} in row.prompt_ids:
                 time.sleep(1.0)
+            if {ASSERTER} in row.prompt_ids:
+                import torch
+                torch.zeros(4, device="cuda")[torch.tensor([9], device="cuda")].cpu()
+            if {BREAKER} in row.prompt_ids:
+                from alpaca_core.engines.native import NativeModel
+                NativeModel.close = lambda model: time.sleep(1000)
+                raise RuntimeError("the device is gone")
         return plain(self)
     feeding.NativeFeed.step = step
     if os.environ.get("TESTS_LINGER"):
@@ -216,8 +225,9 @@ if "{ENGINE}" in sys.orig_argv:
             return plain_attach(network, adapters, dtype)
         weights.attach = attach
 """
-"""Makes engines die, hang, turn round or be slow of rows with one of four tokens, linger at their end, begin a process
-of their own, or note their loads and have no memory for two adapters: part of these tests' processes alone."""
+"""Makes engines die, hang, turn round, be slow, fail on the GPU or break of rows with one of six tokens, linger at
+their end, begin a process of their own, or note their loads and have no memory for two adapters: part of these tests'
+processes alone."""
 
 ADAPTERS = ("default", "pirate", "poet", "clerk")
 

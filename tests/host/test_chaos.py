@@ -29,6 +29,7 @@ from alpaca_core.model import GenerateRow, RowError
 from alpaca_core.spec import ModelSpec, Sampling
 from tests.host.conftest import (
     ADAPTERS,
+    BREAKER,
     ENGINE,
     HANGER,
     KILLER,
@@ -240,6 +241,22 @@ def test_rows_that_kill_or_hang_the_engine_cost_themselves_alone(spec: ModelSpec
         assert time.monotonic() - began < 12.0
         assert len(call.result(timeout=120.0)) == 4
         assert len(engines(deadly)) == 1
+
+
+@pytest.mark.end_to_end
+def test_an_engine_that_broke_is_replaced_at_once_though_its_weights_cannot_be_freed(
+    spec: ModelSpec, deadly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALPACA_HOST_HANG", "1000")  # so that nothing is replaced for its silence
+    good, bad = long_rows(3, 5), GenerateRow((BREAKER, 1), Sampling(max_new_tokens=5))
+    with in_process(spec) as alone:
+        expected = [found for _, found in sorted(alone.generate(good), key=lambda each: each[0])]
+    with at_host(spec, "auto") as model, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: dict(model.generate([bad, *good]))).result(timeout=120.0)
+        error = found.pop(0)
+        assert isinstance(error, RowError)
+        assert error.code == "engine_failed"
+        assert [found for _, found in sorted(found.items())] == expected
 
 
 @pytest.mark.end_to_end
