@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from alpaca_core.engines import eager
 from alpaca_core.engines.lora import CausalLM, bare, names_of
 from alpaca_core.engines.packing import PAGE, Packed
-from alpaca_core.engines.projections import Gate, Projection, is_steady, random_rows
+from alpaca_core.engines.projections import Gate, Projection, halves, is_steady, random_rows
 
 _FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
 _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -55,14 +55,14 @@ def runs(network: CausalLM) -> bool:
 class _Layer:
     """Weights of one layer."""
 
-    def __init__(self, layer: Any, names: list[str], operations: ModuleType) -> None:
+    def __init__(self, layer: Any, names: list[str], operations: ModuleType, *, few: bool = False) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before_attention: Tensor = layer.input_layernorm.weight
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names)
-        self.out = Projection([attention.o_proj], names)
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names, few=few)
+        self.out = Projection([attention.o_proj], names, few=few)
         self.before_mlp: Tensor = layer.post_attention_layernorm.weight
-        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul)
-        self.down = Projection([mlp.down_proj], names)
+        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul, few=few)
+        self.down = Projection([mlp.down_proj], names, few=few)
         self.ranks = self.qkv.ranks, self.out.ranks, self.gate.ranks, self.down.ranks
 
 
@@ -88,9 +88,12 @@ class Llama:
         self.embedding: Tensor = body.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.norm: Tensor = body.norm.weight
-        self.head = Projection([base.lm_head])
+        self.head = self.step_head = Projection([base.lm_head])
         self.operations: ModuleType = _operations(self.device)
-        self.layers = [_Layer(layer, names, self.operations) for layer in body.layers]
+        self.layers = self.step_layers = [_Layer(layer, names, self.operations) for layer in body.layers]
+        if halves([module for name, module in body.layers.named_modules() if name.endswith(_PROJECTIONS)]):
+            self.step_head = Projection([base.lm_head], few=halves([base.lm_head]))
+            self.step_layers = [_Layer(layer, names, self.operations, few=True) for layer in body.layers]
         # transformers' own module, so that scaled positions are scaled as the family does it
         places = torch.arange(config.max_position_embeddings, device=self.device)
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
@@ -124,8 +127,12 @@ class Llama:
                 )
             )
 
-        unlike = {layer.ranks: layer for layer in self.layers}
-        return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(self.head, x[:256]))
+        unlike = [*{layer.ranks: layer for layer in self.layers}.values()]
+        heads = [self.head] if self.device.type == "cpu" else []
+        if self.step_layers is not self.layers:
+            unlike += {layer.ranks: layer for layer in self.step_layers}.values()
+            heads.append(self.step_head)
+        return all(map(steady, unlike)) and all(tried(head, x[:256]) for head in heads)
 
     @property
     def page_bytes(self) -> int:
@@ -180,12 +187,12 @@ class Llama:
         ops = self.operations
         x = embedding(tokens, self.embedding)
         plan = ops.plan_step(lengths, table, self.cos, self.sin, longest)
-        for place, layer in enumerate(self.layers):
+        for place, layer in enumerate(self.step_layers):
             qkv = layer.qkv(ops.norm(x, layer.before_attention, self.eps), adapters)
             keys, values = cache[place]
             attended = ops.step(qkv, keys, values, plan, self.heads)
             x = self._rest(layer, x, attended, adapters)
-        return self.logits(ops.norm(x, self.norm, self.eps))
+        return self.step_head(ops.norm(x, self.norm, self.eps)).float()
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the float32 logits of normalized states, ``(N, vocab)``; on the CPU N is a multiple of 16."""
