@@ -91,7 +91,8 @@ class Llama:
         self.head = self.step_head = Projection([base.lm_head])
         self.operations: ModuleType = _operations(self.device)
         self.layers = self.step_layers = [_Layer(layer, names, self.operations) for layer in body.layers]
-        if halves([module for name, module in body.layers.named_modules() if name.endswith(_PROJECTIONS)]):
+        self.narrow = halves([module for name, module in body.layers.named_modules() if name.endswith(_PROJECTIONS)])
+        if self.narrow:  # steps read weights of 16 bits
             self.step_head = Projection([base.lm_head], few=halves([base.lm_head]))
             self.step_layers = [_Layer(layer, names, self.operations, few=True) for layer in body.layers]
         # transformers' own module, so that scaled positions are scaled as the family does it
@@ -99,7 +100,7 @@ class Llama:
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
 
-    def steady(self, counts: Sequence[int], most: int) -> bool:
+    def steady(self, counts: Sequence[int], most: int, *, steps: bool = False) -> bool:
         """Try whether the layers' products give a row the same bits among some numbers of rows.
 
         One layer is tried of all those whose products have the same sizes, adapters' included.
@@ -109,6 +110,7 @@ class Llama:
         Args:
             counts: Rows.
             most: What they are compared with: as many rows.
+            steps: Whether the products of decode steps are tried, or those of passes.
         """
         x = random_rows(most, self.embedding.shape[1], self.embedding)
         attended = random_rows(most, self.heads * self.width, self.embedding)
@@ -127,12 +129,9 @@ class Llama:
                 )
             )
 
-        unlike = [*{layer.ranks: layer for layer in self.layers}.values()]
-        heads = [self.head] if self.device.type == "cpu" else []
-        if self.step_layers is not self.layers:
-            unlike += {layer.ranks: layer for layer in self.step_layers}.values()
-            heads.append(self.step_head)
-        return all(map(steady, unlike)) and all(tried(head, x[:256]) for head in heads)
+        layers, head = (self.step_layers, self.step_head) if steps else (self.layers, self.head)
+        unlike = {layer.ranks: layer for layer in layers}
+        return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(head, x[:256]))
 
     @property
     def page_bytes(self) -> int:
@@ -174,7 +173,7 @@ class Llama:
         """Read one token of each row.
 
         Args:
-            tokens: ``(N,)``; on the CPU a multiple of 16.
+            tokens: ``(N,)``; on the CPU a multiple of 16, unless its weights are `narrow`.
             lengths: Tokens of each row before this one.
             table: Pages of each row, ``(N, pages)``, with one for the new token.
             adapters: Number of each row's adapter, -1 for none.
