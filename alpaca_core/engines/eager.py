@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from alpaca_core.engines.packing import PAGE, TILE, Packed
 
-_STRIDE = 4
+_STRIDE = 2
 """Pages by which the part of the cache that a decode step reads grows."""
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension."""
-    return rms_norm(x, (x.shape[-1],), weight, eps)
+    """RMSNorm over the last dimension; in float32 as fewer calls than torch's own makes."""
+    if x.dtype != torch.float32:
+        return rms_norm(x, (x.shape[-1],), weight, eps)
+    length = vector_norm(x, dim=-1, keepdim=True)
+    return torch.mul(x, length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
 
 
 def silu_mul(both: Tensor) -> Tensor:
@@ -35,8 +39,8 @@ class _Group:
     index: Tensor  # of the queries, (n, queries)
     pages: Tensor | None  # (n, depth)
     near: bool  # whether the queries' own keys are beside them in the pass, behind those in the pages
-    sees: Tensor  # (n, queries, time)
-    real: Tensor | None  # which queries are there, (n, queries); None are all
+    sees: Tensor  # (n, queries, time), 0 or -inf
+    real: Tensor  # places of the queries that are there, among n * queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,7 @@ class Plan:
 
     cos: Tensor  # N, 1, D / 2
     sin: Tensor
-    page: Tensor  # N
-    offset: Tensor  # N
+    places: Tensor  # N
     groups: list[_Group]
 
 
@@ -72,9 +75,9 @@ def plan_tiles(packed: Packed, cos: Tensor, sin: Tensor) -> Plan:
         far = slots[:before] < packed.contexts[mine, None]
         seen = torch.cat([far[:, None].expand(-1, TILE, -1), sees[mine]], -1)
         real = (within[mine] >= 0) & (within[mine] < packed.counts[mine, None])
-        groups.append(_Group(at[mine], packed.table[mine, :depth] if depth else None, near, seen, real))
-    places = packed.places.long()
-    return Plan(cos[packed.positions][:, None], sin[packed.positions][:, None], places // PAGE, places % PAGE, groups)
+        pages = packed.table[mine, :depth] if depth else None
+        groups.append(_Group(at[mine], pages, near, _hidden(seen), real.flatten().nonzero()[:, 0]))
+    return Plan(cos[packed.positions][:, None], sin[packed.positions][:, None], packed.places.long(), groups)
 
 
 def plan_step(lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest: int) -> Plan:
@@ -95,8 +98,12 @@ def plan_step(lengths: Tensor, table: Tensor, cos: Tensor, sin: Tensor, longest:
         pages = table[mine, :depth]
         pages = torch.where(pages > 0, pages, page[mine, None])  # a spare entry repeats a page of the row's own
         seen = torch.arange(pages.shape[1] * PAGE, device=lengths.device) <= lengths[mine, None]
-        groups.append(_Group(mine[:, None], pages, False, seen[:, None], None))
-    return Plan(cos[lengths][:, None], sin[lengths][:, None], page.long(), lengths.long() % PAGE, groups)
+        groups.append(_Group(mine[:, None], pages, False, _hidden(seen[:, None]), torch.arange(len(mine))))
+    return Plan(cos[lengths][:, None], sin[lengths][:, None], page.long() * PAGE + lengths % PAGE, groups)
+
+
+def _hidden(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> Tensor:
@@ -116,7 +123,7 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int
     out = q.new_zeros(q.shape[0], heads * keys.shape[3])
     for group in plan.groups:
         found = _attend(q[group.index], _seen(k, keys, group), _seen(v, values, group), group.sees)  # n, TILE, H D
-        out[group.index[group.real]] = found[group.real]
+        out.index_copy_(0, group.index.flatten()[group.real], found.flatten(0, 1)[group.real])
     return out
 
 
@@ -127,6 +134,8 @@ def step(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) -> T
     for group in plan.groups:
         assert group.pages is not None
         near = _gathered(keys, group.pages), _gathered(values, group.pages)
+        if len(group.index) == len(q):  # in their order
+            return _attend(q[:, None], *near, group.sees)[:, 0]
         out[group.index] = _attend(q[group.index], *near, group.sees)
     return out
 
@@ -141,8 +150,8 @@ def _rotated(qkv: Tensor, keys: Tensor, values: Tensor, plan: Plan, heads: int) 
     torch.mul(first, plan.cos, out=left).addcmul_(second, plan.sin, value=-1)
     torch.mul(second, plan.cos, out=right).addcmul_(first, plan.sin)
     q, k = turned.to(qkv.dtype).split([heads, kv], 1)
-    keys[plan.page, plan.offset] = k
-    values[plan.page, plan.offset] = v
+    keys.flatten(0, 1).index_copy_(0, plan.places, k)
+    values.flatten(0, 1).index_copy_(0, plan.places, v)
     return q, k, v
 
 
@@ -163,9 +172,10 @@ def _gathered(store: Tensor, pages: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """``(n, queries, H, D)`` to ``(n, time, G, D)``; heads that share keys stand in one matrix product."""
-    n, queries, heads, _ = q.shape
+    queries, heads = q.shape[1:3]
     kv = k.shape[2]
     q = q.unflatten(2, (kv, heads // kv)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # n, G, H / G * queries, D
-    mask = seen[:, None].expand(-1, heads // kv, -1, -1).reshape(n, 1, heads // kv * queries, -1)
-    found: Tensor = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    mask = seen if queries == 1 else seen.repeat(1, heads // kv, 1)
+    k, v, mask = k.transpose(1, 2), v.transpose(1, 2), mask[:, None].to(q.dtype)
+    found: Tensor = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return found.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 from alpaca_core.engines import eager
 from alpaca_core.engines.lora import CausalLM, bare, names_of
 from alpaca_core.engines.packing import PAGE, Packed
-from alpaca_core.engines.projections import Gate, Norm, Projection, is_steady, random_rows
+from alpaca_core.engines.projections import Gate, Norm, Projection, halves, is_steady, random_rows
 
 _FAMILIES = {LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM}
 _LINEAR = {"Linear", "Linear8bitLt", "Linear4bit"}
@@ -55,14 +55,14 @@ def runs(network: CausalLM) -> bool:
 class _Layer:
     """Weights of one layer."""
 
-    def __init__(self, layer: Any, names: list[str], operations: ModuleType, eps: float) -> None:
+    def __init__(self, layer: Any, names: list[str], operations: ModuleType, eps: float, *, few: bool = False) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         before_attention = Norm(operations.norm, layer.input_layernorm.weight, eps)
         before_mlp = Norm(operations.norm, layer.post_attention_layernorm.weight, eps)
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names, before_attention)
-        self.out = Projection([attention.o_proj], names)
-        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul, before_mlp)
-        self.down = Projection([mlp.down_proj], names)
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], names, before_attention, few=few)
+        self.out = Projection([attention.o_proj], names, few=few)
+        self.gate = Gate(mlp.gate_proj, mlp.up_proj, names, operations.silu_mul, before_mlp, few=few)
+        self.down = Projection([mlp.down_proj], names, few=few)
         self.ranks = self.qkv.ranks, self.out.ranks, self.gate.ranks, self.down.ranks
 
 
@@ -88,14 +88,19 @@ class Llama:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.operations: ModuleType = _operations(self.device)
         eps: float = config.rms_norm_eps
-        self.layers = [_Layer(layer, names, self.operations, eps) for layer in body.layers]
-        self.head = Projection([base.lm_head], norm=Norm(self.operations.norm, body.norm.weight, eps))
+        norm = Norm(self.operations.norm, body.norm.weight, eps)
+        self.head = self.step_head = Projection([base.lm_head], norm=norm)
+        self.layers = self.step_layers = [_Layer(layer, names, self.operations, eps) for layer in body.layers]
+        self.narrow = halves([module for name, module in body.layers.named_modules() if name.endswith(_PROJECTIONS)])
+        if self.narrow:  # steps read weights of 16 bits
+            self.step_head = Projection([base.lm_head], norm=norm, few=halves([base.lm_head]))
+            self.step_layers = [_Layer(layer, names, self.operations, eps, few=True) for layer in body.layers]
         # transformers' own module, so that scaled positions are scaled as the family does it
         places = torch.arange(config.max_position_embeddings, device=self.device)
         cos, sin = body.rotary_emb(torch.zeros(1, device=self.device), places[None])
         self.cos, self.sin = (table[0, :, : self.width // 2].float().contiguous() for table in (cos, sin))
 
-    def steady(self, counts: Sequence[int], most: int) -> bool:
+    def steady(self, counts: Sequence[int], most: int, *, steps: bool = False) -> bool:
         """Try whether the layers' products give a row the same bits among some numbers of rows.
 
         One layer is tried of all those whose products have the same sizes, adapters' included.
@@ -105,6 +110,7 @@ class Llama:
         Args:
             counts: Rows.
             most: What they are compared with: as many rows.
+            steps: Whether the products of decode steps are tried, or those of passes.
         """
         x = random_rows(most, self.embedding.shape[1], self.embedding)
         attended = random_rows(most, self.heads * self.width, self.embedding)
@@ -123,8 +129,9 @@ class Llama:
                 )
             )
 
-        unlike = {layer.ranks: layer for layer in self.layers}
-        return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(self.head, x[:256]))
+        layers, head = (self.step_layers, self.step_head) if steps else (self.layers, self.head)
+        unlike = {layer.ranks: layer for layer in layers}
+        return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(head, x[:256]))
 
     @property
     def page_bytes(self) -> int:
@@ -166,7 +173,7 @@ class Llama:
         """Read one token of each row.
 
         Args:
-            tokens: ``(N,)``; on the CPU a multiple of 16.
+            tokens: ``(N,)``; on the CPU a multiple of 16, unless its weights are `narrow`.
             lengths: Tokens of each row before this one.
             table: Pages of each row, ``(N, pages)``, with one for the new token.
             adapters: Number of each row's adapter, -1 for none.
@@ -179,12 +186,12 @@ class Llama:
         ops = self.operations
         x = embedding(tokens, self.embedding)
         plan = ops.plan_step(lengths, table, self.cos, self.sin, longest)
-        for place, layer in enumerate(self.layers):
+        for place, layer in enumerate(self.step_layers):
             qkv = layer.qkv(x, adapters)
             keys, values = cache[place]
             attended = ops.step(qkv, keys, values, plan, self.heads)
             x = self._rest(layer, x, attended, adapters)
-        return self.logits(x)
+        return self.step_head(x).float()
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the float32 logits of last states, ``(N, vocab)``; on the CPU N is a multiple of 16."""

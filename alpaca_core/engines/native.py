@@ -184,11 +184,14 @@ def tried(llama: Llama, shape: Shape) -> tuple[Shape, bool]:
     """Try what a shape takes for granted: that a row's bits do not depend on the number of rows beside it.
 
     Returns:
-        The shape, on a GPU with passes of any multiple of 256 tokens where these give the same bits as full ones, and
-        whether a row's bits are the same in any company.
+        The shape, on a GPU with passes of any multiple of 256 tokens where these give the same bits as full ones, on a
+        CPU with decode steps of any number of rows if so; and whether a row's bits are the same in any company.
     """
     if not shape.fixed:
-        return shape, llama.steady([shape.grain * each for each in (1, 2, 3, 4, 8, 16)], shape.tokens)
+        counts = [shape.grain * each for each in (1, 2, 3, 4, 8, 16)]
+        steady = all(llama.steady(counts, shape.tokens, steps=steps) for steps in {False, llama.narrow})
+        single = steady and llama.narrow and llama.steady([*range(1, 16), 17, 31], 32, steps=True)
+        return replace(shape, steps=1) if single else shape, steady
     try:
         if llama.steady(range(_GPU_GRAIN, shape.tokens, _GPU_GRAIN), shape.tokens):
             return replace(shape, grain=min(_GPU_GRAIN, shape.tokens)), True

@@ -1,7 +1,8 @@
 """Matrix products of the forward pass: dense or quantized weights, and LoRA beside them, chosen per row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import linear, pad
 
 _LEAST_INT8 = 32
 """Rows of an int8 product on a GPU; cuBLAS refuses 16 and fewer."""
+_MOST_HALVES = 1 << 30
+"""Numbers that a CPU keeps in 16 bits beside those in 32."""
 _MANY = 256
 """Rows from which on a GPU sums adapters' products in one order, so that passes need not be full; steps have fewer."""
 
@@ -65,6 +68,21 @@ class _Packed:
         return y
 
 
+class _Half:
+    """A float32 matrix of numbers that float16 holds exactly, on a CPU: FBGEMM widens them again within its product.
+
+    Half as many bytes come from memory, and no number is rounded. A row's sums are the same in products of any number
+    of rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return y if add_to is None else add_to.add_(y)
+
+
 class _PackedGate:
     """SiLU of one product times another, of two packed matrices, each step as part of its product."""
 
@@ -82,12 +100,24 @@ def _product(weight: Tensor, bias: Tensor | None = None) -> _Weights:
     return (_Packed if _packs(weight) else _Dense)(weight, bias)
 
 
+def halves(layers: Iterable[Any]) -> bool:
+    """Say whether float16 holds the float32 weights of all layers exactly, and there is a product that reads it.
+
+    It is half as much again to keep in memory, so large models go without.
+    """
+    weights = [getattr(layer, "base_layer", layer).weight for layer in layers]
+    plain = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+    runs = plain and "fbgemm" in torch.backends.quantized.supported_engines
+    small = sum(weight.numel() for weight in weights) <= _MOST_HALVES
+    return runs and small and all(torch.equal(weight.half().float(), weight) for weight in weights)
+
+
 def _packs(weight: Tensor) -> bool:
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _plain(layers: Sequence[nn.Linear]) -> _Weights:
+def _plain(layers: Sequence[nn.Linear], *, few: bool) -> _Weights:
     """Plain layers with the same input as one product; the layers keep views of its weights."""
     weight: Tensor = layers[0].weight
     bias: Tensor | None = layers[0].bias
@@ -98,7 +128,7 @@ def _plain(layers: Sequence[nn.Linear]) -> _Weights:
             layer.weight.data = part
         if bias is not None:
             bias = torch.cat([layer.bias for layer in layers])
-    return _product(weight, bias)
+    return _Half(weight, bias) if few else _product(weight, bias)
 
 
 class _Int8:
@@ -192,13 +222,17 @@ class Projection:
         modules: `nn.Linear`, or bitsandbytes' modules, perhaps wrapped by PEFT.
         names: PEFT's names of the adapters, by their number.
         norm: What the input goes through first.
+        few: Whether it is for few rows, as those of a decode step, of layers that `halves` names.
     """
 
-    def __init__(self, modules: Sequence[Any], names: Sequence[str] = (), norm: Norm | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[Any], names: Sequence[str] = (), norm: Norm | None = None, *, few: bool = False
+    ) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         kinds = {type(base).__name__ for base in bases}
         on_gpu = bases[0].weight.device.type == "cuda"
-        make = _plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
+        plain = partial(_plain, few=few)
+        make = plain if kinds == {"Linear"} else _Int8 if kinds == {"Linear8bitLt"} and on_gpu else _Modules
         self._weights: _Weights = make(bases)
         self._norm = norm
         self._lora = _beside(modules, names)
@@ -238,18 +272,26 @@ class Gate:
         names: PEFT's names of the adapters, by their number.
         silu_mul: SiLU of the first half of each row, times the second half.
         norm: What the input goes through first.
+        few: As `Projection` takes it.
     """
 
     def __init__(
-        self, gate: Any, up: Any, names: Sequence[str], silu_mul: Callable[[Tensor], Tensor], norm: Norm
+        self,
+        gate: Any,
+        up: Any,
+        names: Sequence[str],
+        silu_mul: Callable[[Tensor], Tensor],
+        norm: Norm,
+        *,
+        few: bool = False,
     ) -> None:
         self._silu_mul, self._norm = silu_mul, norm
         self._fused: _PackedGate | None = None
         self.ranks = 0
-        if all(type(layer) is nn.Linear and _packs(layer.weight) for layer in (gate, up)):
+        if not few and all(type(layer) is nn.Linear and _packs(layer.weight) for layer in (gate, up)):
             self._fused = _PackedGate(gate, up)
         else:
-            self._both = Projection([gate, up], names, norm)
+            self._both = Projection([gate, up], names, norm, few=few)
             self.ranks = self._both.ranks
 
     def __call__(self, x: Tensor, adapters: Tensor) -> Tensor:

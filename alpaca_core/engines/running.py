@@ -187,7 +187,7 @@ class Runner(Generating[_Row]):
         if self.shape.fixed:
             lanes, rows = None, list(self._rows)
         else:
-            spare = self.shape.padded(len(members)) - len(members)
+            spare = self.shape.step(len(members)) - len(members)
             lanes = torch.tensor([*(row.slot for row in members), *[self.shape.slots] * spare])
             rows = [*members, *[None] * spare]
         places = [place for place, row in enumerate(rows) if row]

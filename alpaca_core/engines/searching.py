@@ -206,7 +206,7 @@ class Searcher(Generating[_Row]):
 
     def _pass(self, lanes: Sequence[tuple[_Row, int]]) -> Tensor:
         """Logits after the last tokens of some beams, ``(lanes, vocab)``, and behind them those of spare lanes."""
-        size = self._width if self.shape.fixed else self.shape.padded(len(lanes))
+        size = self._width if self.shape.fixed else self.shape.step(len(lanes))
         spare = size - len(lanes)
         tables = [row.tables[beam] for row, beam in lanes]
         width = max(map(len, tables))

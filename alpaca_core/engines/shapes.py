@@ -21,14 +21,15 @@ class Shape:
         slots: Rows that a decode step computes.
         tokens: Tokens that a pass over tiles reads at most.
         fixed: Whether a row's bits depend on these numbers, as on a GPU; a decode step has all its slots then.
-        grain: Passes over tiles are filled up to a multiple of this, and where they are not `fixed` decode steps, too:
-            a row has the same bits for each (`Llama.steady`).
+        grain: Passes over tiles are filled up to a multiple of this: a row has the same bits for each (`Llama.steady`).
+        steps: So are decode steps that are not `fixed`.
     """
 
     slots: int
     tokens: int
     fixed: bool
     grain: int = _SIXTEEN
+    steps: int = _SIXTEEN
 
     @property
     def smaller(self) -> "Shape | None":
@@ -38,7 +39,7 @@ class Shape:
 
         Example:
             >>> Shape(4, 200, fixed=True, grain=200).smaller
-            Shape(slots=2, tokens=96, fixed=True, grain=96)
+            Shape(slots=2, tokens=96, fixed=True, grain=96, steps=16)
             >>> Shape(1, 64, fixed=True, grain=64).smaller is None
             True
         """
@@ -46,7 +47,7 @@ class Shape:
         if slots >= self.slots and tokens >= self.tokens:
             return None
         tokens = min(tokens, self.tokens)
-        return Shape(slots, tokens, self.fixed, tokens if tokens % self.grain else self.grain)
+        return Shape(slots, tokens, self.fixed, tokens if tokens % self.grain else self.grain, self.steps)
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class Shape:
     @property
     def lanes(self) -> int:
         """Rows that a full decode step computes, spare ones among them."""
-        return self.slots if self.fixed else self.padded(self.slots)
+        return self.step(self.slots)
 
     @property
     def most_ends(self) -> int:
@@ -80,6 +81,10 @@ class Shape:
         """Put the tiles of a pass side by side, filled up as this shape says."""
         size = min(self.tokens, self.padded(sum(len(tile.ids) for tile in tiles)))
         return pack(tiles, size, self.most_ends if self.fixed else self.padded(len(tiles)), device)
+
+    def step(self, count: int) -> int:
+        """Lanes of a decode step of some rows."""
+        return self.slots if self.fixed else -(-count // self.steps) * self.steps
 
     def padded(self, count: int) -> int:
         """Fill a number up to a multiple of the grain."""

@@ -25,8 +25,8 @@ VOCAB = 2048
 TRIE = Trie.of([[5], [9, 11], [9, 12, 13]])[0]
 
 
-def make_model(batch_size: int = 16) -> NativeModel:
-    """Two layers of the embedded model's widths, with random weights."""
+def make_model(batch_size: int = 16, *, narrow: bool = False) -> NativeModel:
+    """Two layers of the embedded model's widths, with random weights; `narrow` are those that float16 holds exactly."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -41,6 +41,7 @@ def make_model(batch_size: int = 16) -> NativeModel:
     network = LlamaForCausalLM(config).eval().requires_grad_(False)
     for weight in network.parameters():
         weight.data.mul_(3.0 if weight.dim() == 2 else 1.0)  # so that rows differ by more than chance
+        weight.data = weight.half().float() if narrow else weight.data
     info = ModelInfo(
         name="wide", digest="0" * 64, engine="transformers", device="cpu", dtype="float32", quantization="none",
         context_length=256, vocab_size=VOCAB, eos_ids=(7,),
@@ -122,3 +123,21 @@ pickle.dump(results(make_model(32), prompts(ROWS)[::-1])[::-1], open(sys.argv[1]
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "found")], check=True, cwd=Path(__file__).parents[2])
     assert pickle.loads((tmp_path / "found").read_bytes()) == expected
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM")
+def test_weights_of_16_bits_change_no_bit_in_any_company() -> None:
+    rows = prompts(200)
+    model = make_model(narrow=True)
+    assert model._llama is not None
+    assert model._llama.narrow
+    assert model._recovery.shape.steps == 1, "a step of one row computes one"
+    expected = results(model, rows)
+    for row, result in zip(rows[:64], expected, strict=False):
+        model._memory.pages.forget()
+        assert results(model, [row]) == [result]
+    order = random.Random(1).sample(range(200), 200)
+    for batch_size in (5, 64):
+        assert results(make_model(batch_size, narrow=True), [rows[place] for place in order]) == [
+            expected[place] for place in order
+        ]
