@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alpaca_core.engines.eager import silu_mul
-from alpaca_core.engines.projections import Gate, Projection, _Half, _Packed, _packs, halves
+from alpaca_core.engines.eager import norm, silu_mul
+from alpaca_core.engines.projections import Gate, Norm, Projection, _Half, _Packed, _packs, halves
 
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM")
 
@@ -41,14 +41,18 @@ def test_products_are_those_of_float64(dtype: torch.dtype, out: int, width: int,
     one, two = layer(out, width, dtype, bias=True), layer(out, width, dtype, bias=True)
     if few and not halves([one, two]):
         pytest.skip("float16 does not hold them, or there is no FBGEMM")
-    x = torch.randn(48, width)
-    parts = [each.weight.double() @ x.double().t() + each.bias.double()[:, None] for each in (one, two)]
-    gate, up = (part.t() for part in parts)
+    x, weight = torch.randn(48, width), torch.rand(width)
+
+    def parts(x: Tensor) -> list[Tensor]:
+        return [x.double() @ each.weight.double().t() + each.bias.double() for each in (one, two)]
+
+    gate, up = parts(x)
     assert close(Projection([one, two], few=few)(x), torch.cat([gate, up], 1))
     onto = torch.randn(48, out)
     assert close(Projection([one], few=few)(x, add_to=onto.clone()), onto.double() + gate)
-    silu = Gate(one, two, (), silu_mul, few=few)(x, torch.full((48,), -1))
-    assert close(silu, nn.functional.silu(gate) * up)
+    gated = Gate(one, two, (), silu_mul, Norm(norm, weight, 1e-5), few=few)(x, torch.full((48,), -1))
+    gate, up = parts(nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-5))
+    assert close(gated, nn.functional.silu(gate) * up)
 
 
 @needs_fbgemm
