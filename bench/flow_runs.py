@@ -133,10 +133,11 @@ def together(
     while not all(run.start_time or (run.state and run.state.is_final()) for run in read(client, runs)):
         time.sleep(0.5)
     all_running, there = done_so_far(), processes()
-    done = ended(client, runs)
+    done = ended(client, runs, 5.0)  # each look takes time of the server, on cores that the engine could use
     over, after = done_so_far(), looked_at()
     running = [run.start_time for run in done if run.start_time]
     last = max(run.end_time for run in done if run.end_time)
+    over["seconds"] = last.timestamp()
     waits = [task["reason"] for run in done if "reason" in (task := tasks_of(client, run.id))]
     figures = {
         "runs at once": len(parameters),
@@ -159,7 +160,7 @@ def done_so_far() -> dict[str, float]:
     """What hosts have done, rows and tokens, and seconds: of a clock, and of CPU, theirs and of the whole machine."""
     times = psutil.cpu_times()
     found = dict.fromkeys(("rows", "tokens", "host", "engine"), 0.0)
-    found |= {"seconds": time.perf_counter(), "all": sum(times) - times.idle - times.iowait}
+    found |= {"seconds": time.time(), "all": sum(times) - times.idle - times.iowait}
     for _, status in hosts():
         found["rows"] += status.rows
         found["tokens"] += status.tokens
@@ -241,13 +242,13 @@ def read(client: SyncPrefectClient, runs: list[UUID]) -> list[FlowRun]:
     return [found[run] for run in runs]
 
 
-def ended(client: SyncPrefectClient, runs: list[UUID]) -> list[FlowRun]:
-    """Wait until runs have ended."""
+def ended(client: SyncPrefectClient, runs: list[UUID], pause: float = 0.5) -> list[FlowRun]:
+    """Wait until runs have ended; look every `pause` seconds."""
     while True:
         found = read(client, runs)
         if all(run.state and run.state.is_final() for run in found):
             return found
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 def tasks_of(client: SyncPrefectClient, run: UUID) -> dict[str, float]:
