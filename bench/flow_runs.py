@@ -8,11 +8,10 @@ other adapters and settings, compares the rows of each with those of the same ru
 and after: memory, open files, threads. Prefect's server keeps its records in SQLite, which takes one writer at a time,
 or in an empty PostgreSQL database. With `--kills` the host or its engine is killed so many times meanwhile.
 
-"Once all are Running" is the time from when the last run became Running until the last one ended, Prefect's own work on
-the same cores included; rows and tokens are those that the host counted in it. Beside it, before and after, one client:
-this process, in which a thread for each run calls the verb `answer` with the run's questions, all at once, on the same
-warm host. Rows before that time are reasonings, the dearest ones by the row and the cheapest by the token, since
-verifying writes none: a ratio of rows a second flatters the runs, one of tokens a second wrongs them.
+"Once all were Running" is from when the last run became Running until the last one ended, "while" until the first
+ended: Prefect's own work on the same cores included, rows and tokens as the host counted them when a row ended. Beside
+it, before and after, one client: this process, in which a thread for each run calls the verb `answer` with the run's
+questions, all at once, on the same warm host. Verifying, which writes no tokens, comes last: "while" has little of it.
 """
 
 import argparse
@@ -132,8 +131,11 @@ def together(
     runs = [begin(client, each) for each in parameters]
     while not all(run.start_time or (run.state and run.state.is_final()) for run in read(client, runs)):
         time.sleep(0.5)
-    all_running, there = done_so_far(), processes()
-    done = ended(client, runs, 5.0)  # each look takes time of the server, on cores that the engine could use
+    looks, there = [done_so_far()], processes()
+    while (done := read(client, runs)) and all(run.state and run.state.is_running() for run in done):
+        looks.append(done_so_far())
+        time.sleep(5.0)  # each look takes time of the server, on cores that the engine could use
+    done = ended(client, runs, 5.0)
     over, after = done_so_far(), looked_at()
     running = [run.start_time for run in done if run.start_time]
     last = max(run.end_time for run in done if run.end_time)
@@ -150,17 +152,22 @@ def together(
     }
     if quiet:
         figures |= {
-            "until all were Running": speed(begun, all_running),
-            "once all were Running": speed(all_running, over),
+            "until all were Running": speed(begun, looks[0]),
+            "while all were Running": speed(looks[0], looks[-1]),
+            "once all were Running": speed(looks[0], over),
         }
     return figures, [rows_of(client, run.id) for run in done]
 
 
 def done_so_far() -> dict[str, float]:
-    """What hosts have done, rows and tokens, and seconds: of a clock, and of CPU, theirs and of the whole machine."""
+    """What hosts have done, rows and tokens, and seconds: of a clock, and of CPU, theirs, of all, and of others."""
     times = psutil.cpu_times()
     found = dict.fromkeys(("rows", "tokens", "host", "engine"), 0.0)
-    found |= {"seconds": time.time(), "all": sum(times) - times.idle - times.iowait}
+    found |= {
+        "seconds": time.time(),
+        "all": sum(times) - times.idle - times.iowait - times.steal,
+        "others": times.steal,
+    }
     for _, status in hosts():
         found["rows"] += status.rows
         found["tokens"] += status.tokens
@@ -171,10 +178,13 @@ def done_so_far() -> dict[str, float]:
 
 
 def speed(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Rows, tokens and seconds of the CPU in a second, between two looks."""
-    seconds = after["seconds"] - before["seconds"]
+    """Rows, tokens and seconds of the CPU in a second, between two looks; `others` are other virtual machines."""
+    seconds = max(after["seconds"] - before["seconds"], 1e-9)
     done = {name: round(after[name] - before[name], 1) for name in ("seconds", "rows", "tokens")}
-    cores = {f"cores of {name}": round((after[name] - before[name]) / seconds, 2) for name in ("engine", "host", "all")}
+    cores = {
+        f"cores of {name}": round((after[name] - before[name]) / seconds, 2)
+        for name in ("engine", "host", "all", "others")
+    }
     return {**done, **{f"{name} a second": round(done[name] / seconds, 2) for name in ("rows", "tokens")}, **cores}
 
 
@@ -214,18 +224,15 @@ def killed(times: int, least: float, most: float) -> Iterator[list[str]]:
 
 
 def looked_at() -> list[dict[str, Any]]:
-    """Memory in MiB, open files and threads of each host and its engine."""
-    return [
-        {
-            "rows": status.rows,
-            **{
-                name: [process.memory_info().rss >> 20, process.num_fds(), process.num_threads()]
-                for name, pid in (("host", status.pid), ("engine", status.engine_pid))
-                if pid and psutil.pid_exists(pid) and (process := psutil.Process(pid))
-            },
-        }
-        for _, status in hosts()
-    ]
+    """Memory in MiB, open files and threads of each host and its engine; nothing of one that is dead."""
+
+    def size(pid: int | None) -> list[int]:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid) if pid else None
+            return [process.memory_info().rss >> 20, process.num_fds(), process.num_threads()] if process else []
+        return []
+
+    return [{"rows": status.rows, "host": size(status.pid), "engine": size(status.engine_pid)} for _, status in hosts()]
 
 
 def begin(client: SyncPrefectClient, parameters: dict[str, Any]) -> UUID:
