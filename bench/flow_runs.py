@@ -42,6 +42,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from alpaca_core import ModelSpec, RowError, Sampling, answer
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import hosts, stop
+from alpaca_core.model import DEFAULT_ADAPTER
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"alpaca_core.host.server": "host", "alpaca_core.host.engine": "engine", "prefect.engine": "run"}
@@ -55,6 +56,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=32, help="flow runs at once")
     parser.add_argument("--questions", type=int, default=4, help="of each run")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of LoRA weights for some of them")
+    parser.add_argument(
+        "--named", action="store_true", help="all adapters in the model of each run, which names its own"
+    )
     parser.add_argument("--database", help="URL of an empty PostgreSQL database for Prefect's server")
     parser.add_argument("--kills", type=int, default=0, help="kill -9 of the host or its engine while many run")
     parser.add_argument("--pause", type=float, nargs=2, default=(2.0, 20.0), help="seconds between two kills")
@@ -70,7 +74,8 @@ def main() -> None:
             print(json.dumps(figures, indent=2), flush=True)
 
         note(first=alone(client), second=alone(client))
-        each = [parameters_of(number, options.questions, options.adapters) for number in range(options.runs)]
+        told = options.questions, options.adapters, options.named
+        each = [parameters_of(number, *told) for number in range(options.runs)]
         quiet = not options.kills
         if quiet:
             note(**{"one client, before": one_client(each)})
@@ -84,9 +89,15 @@ def main() -> None:
         note(**{"rows equal to those of the run alone": same, "host after the runs alone": looked_at()})
 
 
-def parameters_of(number: int, questions: int, adapters: list[Path]) -> Parameters:
+def parameters_of(number: int, questions: int, adapters: list[Path], named: bool = False) -> Parameters:
     """The parameters of one of many runs: other questions, settings and adapters."""
-    model = {"adapter": str(adapters[number % len(adapters)])} if adapters else {}
+    own: Parameters = {}
+    if adapters:
+        path = adapters[number % len(adapters)]
+        own = {"model": {"adapter": str(path)}}
+        if named:
+            all_of_them = [{"name": each.name, "source": str(each)} for each in adapters]
+            own = {"model": {"adapters": all_of_them}, "adapter": path.name}
     samplings: list[dict[str, Any]] = [
         {"max_new_tokens": 32},
         {"max_new_tokens": 32, "temperature": 1.0, "seed": number},
@@ -97,7 +108,7 @@ def parameters_of(number: int, questions: int, adapters: list[Path]) -> Paramete
     return {
         "questions": [asked.format(cans, number) for cans in range(2, 2 + questions)],
         "sampling": samplings[(number + number // len(samplings)) % len(samplings)],
-        "model": model,
+        **own,
     }
 
 
@@ -111,11 +122,12 @@ def alone(client: SyncPrefectClient) -> dict[str, float]:
 def one_client(parameters: list[Parameters]) -> dict[str, float]:
     """Let one client send the rows of all runs at once to the warm host; how fast they were."""
     with ExitStack() as stack, ThreadPoolExecutor(len(parameters)) as pool:
-        specs = [ModelSpec.model_validate(each["model"]) for each in parameters]
+        specs = [ModelSpec.model_validate(each.get("model", {})) for each in parameters]
         models = {spec: stack.enter_context(at_host(spec, "auto")) for spec in dict.fromkeys(specs)}
 
         def run(spec: ModelSpec, each: Parameters) -> None:
-            answers = answer(models[spec], each["questions"], Sampling.model_validate(each["sampling"]))
+            sampling = Sampling.model_validate(each["sampling"])
+            answers = answer(models[spec], each["questions"], sampling, adapter=each.get("adapter", DEFAULT_ADAPTER))
             assert not any(isinstance(found, RowError) for found in answers), answers
 
         before = done_so_far()

@@ -79,7 +79,7 @@ def test_a_bar_of_long_work_is_drawn_ever_less_often(monkeypatch: pytest.MonkeyP
     run(3600)
     pauses = [later - sooner for sooner, later in pairwise(drawn)]
     assert len(drawn) < 120
-    assert all(pause <= max(room.INTERVAL, 0.1 * then, 4) + 4 for pause, then in zip(pauses, drawn, strict=False))
+    assert all(pause <= max(room.INTERVAL, 0.1 * then) + 6 for pause, then in zip(pauses, drawn, strict=False))
     assert max(pauses[:-1]) <= room.MOST + 4
 
 
