@@ -213,18 +213,18 @@ def processes() -> dict[str, list[int]]:
 
 @contextmanager
 def killed(times: int, least: float, most: float) -> Iterator[list[str]]:
-    """Kill the host or its engine every few seconds until the block ends; yield who was, with the seconds between."""
+    """Kill the host or its engine every few seconds; yield who was, what it was at, and what the host had done."""
     draw, over = random.Random(0), threading.Event()
     done: list[str] = []
 
     def kill() -> None:
         while len(done) < times and not over.wait(pause := draw.uniform(least, most)):
             who = draw.choice(["host", "engine"])
-            pids = [status.pid if who == "host" else status.engine_pid for _, status in hosts()]
-            for pid in filter(None, pids):
+            for _, status in hosts():
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    done.append(f"{who} after {pause:.1f} s")
+                    if pid := status.pid if who == "host" else status.engine_pid:
+                        os.kill(pid, signal.SIGKILL)
+                        done.append(f"{who} after {pause:.1f} s, {status.state}, {status.rows} rows")
 
     thread = threading.Thread(target=kill)
     thread.start()
