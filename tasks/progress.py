@@ -17,7 +17,9 @@ PATIENCE = 5.0
 """Seconds of work before a bar is drawn on the run's page, so that quick tasks leave none behind."""
 
 INTERVAL = 2.0
-"""Seconds between two updates of it, each of which is a request to the Prefect API."""
+MOST = 60.0
+"""Least and most seconds between two updates of it, each of which is a request to the Prefect API: a tenth of the time
+that has passed. Many runs at once go on for long, and the server may share their cores."""
 
 
 @contextmanager
@@ -33,7 +35,8 @@ def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
     """
     done = 0.0
     artifact: UUID | None = None
-    due = time.monotonic() + PATIENCE
+    begun = time.monotonic()
+    due = begun + PATIENCE
 
     def advance(finished: float) -> None:
         nonlocal done, due
@@ -41,7 +44,8 @@ def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
         on_terminal(finished)
         if time.monotonic() >= due and TaskRunContext.get():
             draw()
-            due = time.monotonic() + INTERVAL
+            now = time.monotonic()
+            due = now + min(max(INTERVAL, (now - begun) / 10), MOST)
 
     def draw() -> None:
         nonlocal artifact

@@ -4,6 +4,7 @@ import os
 import pty
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_long_work_leaves_a_full_bar(parts: int, monkeypatch: pytest.MonkeyPatch
 
 def test_short_work_leaves_none() -> None:
     assert [bar for bar in bars_of(run(3)) if bar.type == "progress"] == []
+
+
+def test_a_bar_of_long_work_is_drawn_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    seconds = iter(range(1_000_000))  # one passes at each look at the clock
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(room, "create_progress_artifact", lambda *_, **__: "an id")
+    monkeypatch.setattr(room, "update_progress_artifact", lambda *_: drawn.append(next(seconds)))
+    run(3600)
+    pauses = [later - sooner for sooner, later in pairwise(drawn)]
+    assert len(drawn) < 120
+    assert all(pause <= max(room.INTERVAL, 0.1 * then) + 6 for pause, then in zip(pauses, drawn, strict=False))
+    assert max(pauses[:-1]) <= room.MOST + 4
 
 
 @pytest.mark.parametrize(
