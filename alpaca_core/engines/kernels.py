@@ -25,7 +25,7 @@ _LOG2_E = 1.4426950408889634
 @cache
 def early(device: torch.device) -> bool:
     """Whether a kernel's programs may be started before the kernel ahead has ended: programmatic dependent launch."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit
