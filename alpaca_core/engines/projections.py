@@ -42,8 +42,8 @@ class _Dense:
         return len(x) == 1 and x.device.type == "cuda" and self._bias is None
 
     def one_row(self, x: Tensor, **told: Any) -> Tensor:
-        """Call `product_kernels.one_row`, as it is told."""
-        from alpaca_core.engines.product_kernels import one_row
+        """Call `matrix_kernels.one_row`, as it is told."""
+        from alpaca_core.engines.matrix_kernels import one_row
 
         return one_row(x, self._weight, **told)
 
@@ -149,7 +149,7 @@ class _Int8:
                 layer.state.CB = part
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        from alpaca_core.engines.product_kernels import from_int8, to_int8
+        from alpaca_core.engines.matrix_kernels import from_int8, to_int8
 
         turned, rows = to_int8(x)
         sums = torch._int_mm(pad(turned, (0, 0, 0, max(0, _LEAST_INT8 - len(x)))), self._weight.t())
@@ -193,7 +193,7 @@ class _Lora:
     def add(self, y: Tensor, x: Tensor, adapters: Tensor) -> Tensor:
         """Add to `y` what each row's adapter makes of its `x`; `adapters` has their numbers."""
         if x.device.type == "cuda" and len(x) >= _MANY:
-            from alpaca_core.engines.product_kernels import ranks_of
+            from alpaca_core.engines.matrix_kernels import ranks_of
 
             return self._up(ranks_of(x, self._matrix, adapters, self._owners), add_to=y)
         return self._up(self._down(x) * (adapters[:, None] == self._owners), add_to=y)

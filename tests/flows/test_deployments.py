@@ -51,7 +51,7 @@ def running(*command: str, cwd: Path, environment: dict[str, str], log: Path) ->
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(60)
+                process.wait(10)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
