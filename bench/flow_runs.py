@@ -6,7 +6,7 @@
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
 and after: memory, open files, threads. Prefect's server keeps its records in SQLite, which takes one writer at a time,
-or in an empty PostgreSQL database. With `--kills` the host or its engine is killed so many times meanwhile.
+or in an empty PostgreSQL database; it has the lowest priority, as if it had a machine of its own. With `--kills` the host or its engine is killed so many times meanwhile.
 
 "Once all were Running" is from when the last run became Running until the last one ended, "while" until the first
 ended: Prefect's own work on the same cores included, rows and tokens as the host counted them when a row ended. Beside
@@ -304,7 +304,10 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
     }
     command = [sys.executable, "-m", "prefect", "--no-prompt"]
     with (
-        started([*command, "server", "start", "--host", "127.0.0.1", "--port", port], place / "server.log"),
+        started(
+            ["nice", "-n", "19", *command, "server", "start", "--host", "127.0.0.1", "--port", port],
+            place / "server.log",
+        ),
         temporary_settings({PREFECT_API_URL: url}),
         get_client(sync_client=True) as client,
     ):
