@@ -5,8 +5,9 @@
 
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
-and after: memory, open files, threads. Prefect's server keeps its records in SQLite, which takes one writer at a time,
-or in an empty PostgreSQL database; it has the lowest priority, as if it had a machine of its own. With `--kills` the host or its engine is killed so many times meanwhile.
+and after: memory, open files, threads. Prefect's server has the lowest priority, as if it had a machine of its own; it
+keeps its records in SQLite, which takes one writer at a time, or in an empty PostgreSQL database. With `--kills` the
+host or its engine is killed so many times meanwhile.
 
 "Once all were Running" is from when the last run became Running until the last one ended, "while" until the first
 ended: Prefect's own work on the same cores included, rows and tokens as the host counted them when a row ended. Beside
