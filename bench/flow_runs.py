@@ -2,6 +2,7 @@
 
     python bench/flow_runs.py --runs 8 --out flow-runs.json         # minutes; a server and a worker on 127.0.0.1
     python bench/flow_runs.py --questions 16 --database postgresql+asyncpg://postgres@127.0.0.1:5432/prefect
+    python bench/flow_runs.py --model /tmp/7b/base --dtype bfloat16 --batch-size 256 --questions 512 --alone 8  # a GPU
 
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before
@@ -56,6 +57,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("flow-runs.json"))
     parser.add_argument("--runs", type=int, default=32, help="flow runs at once")
     parser.add_argument("--questions", type=int, default=4, help="of each run")
+    parser.add_argument("--model", help="folder of a base model; the embedded one unless told")
+    parser.add_argument("--dtype", default="auto", help="of that model")
+    parser.add_argument("--batch-size", type=int, help="of that model")
+    parser.add_argument("--alone", type=int, help="of the runs at once, how many are run again alone; all unless told")
     parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of LoRA weights for some of them")
     parser.add_argument(
         "--named", action="store_true", help="all adapters in the model of each run, which names its own"
@@ -74,9 +79,10 @@ def main() -> None:
             options.out.write_text(json.dumps(found, indent=2) + "\n")
             print(json.dumps(figures, indent=2), flush=True)
 
-        note(first=alone(client), second=alone(client))
-        told = options.questions, options.adapters, options.named
-        each = [parameters_of(number, *told) for number in range(options.runs)]
+        told: Parameters = {"base_model": options.model, "dtype": options.dtype} if options.model else {}
+        told |= {"batch_size": options.batch_size} if options.batch_size else {}
+        note(first=alone(client, told), second=alone(client, told))
+        each = [parameters_of(number, options, told) for number in range(options.runs)]
         quiet = not options.kills
         if quiet:
             note(**{"one client, before": one_client(each)})
@@ -85,20 +91,27 @@ def main() -> None:
         note(kills=kills, **at_once)
         if quiet:
             note(**{"one client, after": one_client(each)})
-        solo = [rows_of(client, ended(client, [begin(client, one)])[0].id) for one in each]
-        same = sum(a is not None and a == b for a, b in zip(rows, solo, strict=True))
-        note(**{"rows equal to those of the run alone": same, "host after the runs alone": looked_at()})
+        chosen = each[: options.alone]
+        solo = [rows_of(client, ended(client, [begin(client, one)])[0].id) for one in chosen]
+        same = sum(a is not None and a == b for a, b in zip(rows, solo, strict=False))
+        note(
+            **{
+                "run alone": len(chosen),
+                "rows equal to those of the run alone": same,
+                "host after the runs alone": looked_at(),
+            }
+        )
 
 
-def parameters_of(number: int, questions: int, adapters: list[Path], named: bool = False) -> Parameters:
+def parameters_of(number: int, options: argparse.Namespace, model: Parameters) -> Parameters:
     """The parameters of one of many runs: other questions, settings and adapters."""
-    own: Parameters = {}
-    if adapters:
-        path = adapters[number % len(adapters)]
-        own = {"model": {"adapter": str(path)}}
-        if named:
-            all_of_them = [{"name": each.name, "source": str(each)} for each in adapters]
-            own = {"model": {"adapters": all_of_them}, "adapter": path.name}
+    own: Parameters = {"model": model}
+    if options.adapters:
+        path = options.adapters[number % len(options.adapters)]
+        own = {"model": {**model, "adapter": str(path)}}
+        if options.named:
+            all_of_them = [{"name": each.name, "source": str(each)} for each in options.adapters]
+            own = {"model": {**model, "adapters": all_of_them}, "adapter": path.name}
     samplings: list[dict[str, Any]] = [
         {"max_new_tokens": 32},
         {"max_new_tokens": 32, "temperature": 1.0, "seed": number},
@@ -107,16 +120,17 @@ def parameters_of(number: int, questions: int, adapters: list[Path], named: bool
     ]
     asked = "Each of {} cans holds 5 pierogi. How many pierogi are there? ({})"
     return {
-        "questions": [asked.format(cans, number) for cans in range(2, 2 + questions)],
+        "questions": [asked.format(cans, number) for cans in range(2, 2 + options.questions)],
         "sampling": samplings[(number + number // len(samplings)) % len(samplings)],
         **own,
     }
 
 
-def alone(client: SyncPrefectClient) -> dict[str, float]:
+def alone(client: SyncPrefectClient, model: Parameters) -> dict[str, float]:
     """Run one flow and say how long it took, and its tasks, in seconds."""
     started = time.perf_counter()
-    run = ended(client, [begin(client, parameters_of(0, 4, []))])[0]
+    asked = {"questions": ["How many is a dozen?"] * 4, "sampling": {"max_new_tokens": 32}, "model": model}
+    run = ended(client, [begin(client, asked)])[0]
     return {"from creation to its end": time.perf_counter() - started, **tasks_of(client, run.id)}
 
 
@@ -308,11 +322,12 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
         started(
             ["nice", "-n", "19", *command, "server", "start", "--host", "127.0.0.1", "--port", port],
             place / "server.log",
-        ),
+        ) as server,
         temporary_settings({PREFECT_API_URL: url}),
         get_client(sync_client=True) as client,
     ):
         while client.api_healthcheck() is not None:
+            assert server.poll() is None, (place / "server.log").read_text()
             time.sleep(0.5)
         for line in (["work-pool", "create", "gpu", "--type", "process"], ["deploy", "--all"]):
             subprocess.run([*command, *line], cwd=ROOT, check=True, capture_output=True)
@@ -325,12 +340,12 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
 
 
 @contextmanager
-def started(command: list[str], log: Path) -> Iterator[None]:
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process, which ends with the block, and all that it has started."""
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=log.parent)
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):

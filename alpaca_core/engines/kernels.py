@@ -98,10 +98,10 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Te
         triton.next_power_of_2(heads + kv), triton.next_power_of_2(kv), soon, num_warps=4, launch_pdl=soon,
     )  # fmt: skip
     out = qkv.new_empty(qkv.shape[0], heads * width)  # what is in no tile stays as it is, and in its row
-    _read_tiles[(packed.starts.shape[0], heads)](
-        qkv, out, keys, values, *steps, packed.starts, packed.counts, packed.lanes, packed.contexts, packed.sees,
-        packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, PAGE, 2 * TILE, soon,
-        num_warps=2, launch_pdl=soon,
+    _read_tiles[(heads, packed.starts.shape[0])](
+        qkv, out, keys, values, *steps, packed.places, packed.starts, packed.counts, packed.lanes, packed.contexts,
+        packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, PAGE,
+        2 * TILE, soon, num_warps=2, launch_pdl=soon,
     )  # fmt: skip
     return out
 
@@ -110,7 +110,7 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Te
 def _rotate(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values_ptr, page_step, token_step,
             head_step, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
             BOTH: tl.constexpr, LANES: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """One program for a token's queries and keys, which are turned and its keys stored, and one for its values."""
+    """One program for a token's queries and keys, which are turned, keys into the cache, and one for its values."""
     _await(EARLY)
     token, half = tl.program_id(0).to(tl.int64), tl.arange(0, D // 2)[None]
     own = qkv_ptr + token * (HEADS + 2 * KV) * D
@@ -125,8 +125,9 @@ def _rotate(qkv_ptr, cos_ptr, sin_ptr, position_ptr, place_ptr, keys_ptr, values
         first, second = tl.load(near, good), tl.load(near + D // 2, good)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first, second = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
-        tl.store(near, first, good)
-        tl.store(near + D // 2, second, good)
+        back = (head < HEADS) | (place < PAGE)  # a key that nobody keeps stays where it stands
+        tl.store(near, first, good & back)
+        tl.store(near + D // 2, second, good & back)
         stored = keys_ptr + to + (head - HEADS) * head_step
         tl.store(stored, first, key)
         tl.store(stored + D // 2, second, key)
@@ -148,12 +149,12 @@ def _weigh(score, v, most, total, acc):
 
 
 @triton.jit(do_not_specialize=["table_step"])
-def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, start_ptr, count_ptr,
-                lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale, HEADS: tl.constexpr, KV: tl.constexpr,
-                D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, head_step, place_ptr, start_ptr,
+                count_ptr, lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale, HEADS: tl.constexpr,
+                KV: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 EARLY: tl.constexpr):  # fmt: skip
     _await(EARLY)
-    tile, head = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), tl.program_id(1)  # heads of a token lie beside one another
     kv = head // (HEADS // KV)
     width: tl.constexpr = (HEADS + 2 * KV) * D
     start, count = tl.load(start_ptr + tile).to(tl.int64), tl.load(count_ptr + tile)
@@ -162,13 +163,22 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     real = (lane >= begin) & (lane < begin + count)
     token = start + lane - begin
     pages = table_ptr + tile.to(tl.int64) * table_step
+    place, kept = tl.load(place_ptr + token, real, 0), tl.load(place_ptr + start) >= PAGE
     rows = qkv_ptr + token[:, None] * width
     q = tl.load(rows + head * D + at[None], real[:, None], 0.0)
     most = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
-    for first in range(0, context, BLOCK):
+    whole = context // BLOCK * BLOCK
+    for first in tl.range(0, whole, BLOCK, num_stages=2):
         slot = first + tl.arange(0, BLOCK)
+        page = tl.load(pages + slot // PAGE).to(tl.int64)
+        near = page * page_step + (slot % PAGE) * token_step + kv * head_step
+        k = tl.load(keys_ptr + near[None] + at[:, None])
+        v = tl.load(values_ptr + near[:, None] + at[None])
+        most, total, acc = _weigh(tl.dot(q, k, input_precision="ieee") * scale, v, most, total, acc)
+    for first in tl.range(whole, context, LANES, num_stages=1):  # what is left, half a block at a time
+        slot = first + lane
         seen = slot < context
         page = tl.load(pages + slot // PAGE, seen, 0).to(tl.int64)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
@@ -177,7 +187,11 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
         score = tl.where(seen[None], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
         most, total, acc = _weigh(score, v, most, total, acc)
     if begin == 0:
-        k = tl.load(qkv_ptr + token[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
+        if kept:
+            near = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + kv * head_step
+            k = tl.load(keys_ptr + near[None] + at[:, None], real[None], 0.0)
+        else:
+            k = tl.load(qkv_ptr + token[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
         v = tl.load(rows + (HEADS + KV + kv) * D + at[None], real[:, None], 0.0)
     else:  # somebody else has computed the first half
         slot, there = context + lane, lane < begin + count

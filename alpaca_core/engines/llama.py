@@ -43,7 +43,7 @@ def runs(network: CausalLM) -> bool:
         rope.get("rope_type", "default") in {"default", "linear", "llama3", "yarn"}
         and base.config.hidden_act == "silu"
         and width & (width - 1) == 0
-        and width >= 8
+        and width >= (16 if base.device.type == "cuda" else 8)  # the least of Triton's products
         and {type(module).__name__ for module in plain} <= _LINEAR
         and all(name.endswith(_PROJECTIONS) for name in wrapped)
         and not any(hasattr(module, "_hf_hook") for module in modules.values())

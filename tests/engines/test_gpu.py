@@ -93,7 +93,7 @@ def test_a_rows_norm_does_not_depend_on_its_place(vocab: int) -> None:
     ("inner", "size"), [(8, 3), (64, 258), (576, 1_536), (4_096, 12_288), (11_008, 4_096), (5_000, 77)]
 )
 def test_one_row_is_norm_product_and_gate_in_one(inner: int, size: int, dtype: torch.dtype) -> None:
-    from alpaca_core.engines.product_kernels import one_row
+    from alpaca_core.engines.matrix_kernels import one_row
 
     draw = torch.Generator("cuda").manual_seed(inner)
     x, scale, onto = (
@@ -122,7 +122,7 @@ def test_one_row_is_norm_product_and_gate_in_one(inner: int, size: int, dtype: t
 @pytest.mark.parametrize("ranks", [1, 8, 40, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_ranks_of_adapters_are_those_of_a_product(ranks: int, dtype: torch.dtype) -> None:
-    from alpaca_core.engines.product_kernels import ranks_of
+    from alpaca_core.engines.matrix_kernels import ranks_of
 
     draw = torch.Generator("cuda").manual_seed(ranks)
     x = torch.randn(300, 1000, device="cuda", generator=draw).to(dtype)
@@ -266,7 +266,8 @@ def test_a_stated_share_of_the_memory_is_kept(make_network: Callable[..., Any], 
     prompts = [tuple(draw.randrange(256) for _ in range(draw.randint(600, 900))) for _ in range(120)]
     device, total = torch.device("cuda", 0), torch.cuda.mem_get_info()[1]
     found, peaks = [], []
-    for share in (0.5, 0.01):
+    little = 1.5 * 2**30 / total
+    for share in (0.5, little):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -279,7 +280,7 @@ def test_a_stated_share_of_the_memory_is_kept(make_network: Callable[..., Any], 
         finally:
             keep(device, 1.0)
         peaks.append(torch.cuda.max_memory_reserved() / total)
-    assert peaks[1] <= 0.01 < peaks[0]
+    assert peaks[1] <= little < peaks[0]
     # in so little memory a pass may fail all the same; then others are smaller, and rows say so, whose bits are others
     first = found[0][0][1].shape
     for pair in zip(*found, strict=True):

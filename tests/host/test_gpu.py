@@ -35,6 +35,6 @@ def test_a_row_that_fails_an_assertion_on_the_gpu_costs_itself_alone(base: Path,
         assert [found for _, found in sorted(theirs.result(240.0).items())] == expected
         status = host_of(deadly)
         assert status is not None
-        assert status.restarts == 2
+        assert status.restarts in {2, 3}  # of it alone, after once or twice among others
         assert len(engines(deadly)) == 1
-    print(f"two engines replaced, and all rows run again, in {took:.1f} s")
+    print(f"{status.restarts} engines replaced, and all rows run again, in {took:.1f} s")
