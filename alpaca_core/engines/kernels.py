@@ -101,7 +101,7 @@ def read_tiles(qkv: Tensor, keys: Tensor, values: Tensor, plan: tuple[Packed, Te
     _read_tiles[(heads, packed.starts.shape[0])](
         qkv, out, keys, values, *steps, packed.places, packed.starts, packed.counts, packed.lanes, packed.contexts,
         packed.sees, packed.table, packed.table.stride(0), width**-0.5 * _LOG2_E, heads, kv, width, TILE, PAGE,
-        2 * TILE, soon, num_warps=2, launch_pdl=soon,
+        2 * TILE, soon, num_warps=2, num_stages=2, launch_pdl=soon,
     )  # fmt: skip
     return out
 
@@ -170,14 +170,14 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     total = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
     whole = context // BLOCK * BLOCK
-    for first in tl.range(0, whole, BLOCK, num_stages=2):
+    for first in range(0, whole, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         page = tl.load(pages + slot // PAGE).to(tl.int64)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None])
         v = tl.load(values_ptr + near[:, None] + at[None])
         most, total, acc = _weigh(tl.dot(q, k, input_precision="ieee") * scale, v, most, total, acc)
-    for first in tl.range(whole, context, LANES, num_stages=1):  # what is left, half a block at a time
+    for first in range(whole, context, LANES):  # what is left, half a block at a time
         slot = first + lane
         seen = slot < context
         page = tl.load(pages + slot // PAGE, seen, 0).to(tl.int64)
