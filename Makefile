@@ -17,8 +17,9 @@ install: .venv/installed ## make .venv with the versions of constraints.txt and 
 demo: .venv/installed ## answer questions and judge headlines as Prefect flows, on the embedded model
 	@$(BIN)/python -m prefect_alpaca.flows.demo
 
+# Two files at a time, since many tests wait for a process that starts; threads that wait for others let these run.
 test: .venv/installed ## run every test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed ## kill hosts and engines at 50 random instants under load, and more that takes minutes
 	ALPACA_SOAK_KILLS=50 $(BIN)/python -m pytest tests/host/test_chaos.py tests/host/test_engines.py

@@ -127,7 +127,6 @@ def test_few_rows_stay_near_what_is_known_without_labels() -> None:
         ({"all_segmentations": True}, "question"),
         ({"model": FakeModel("dry")}, "model"),
     ],
-    ids=str,
 )
 def test_it_holds_for_what_it_was_fitted_on_and_for_nothing_else(changed: dict[str, object], what: str) -> None:
     fitted = fit_calibration(SKEWED, TEXTS, LABELS, instruction="Weather?")

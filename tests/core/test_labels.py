@@ -156,7 +156,7 @@ def test_long_label_sets_have_no_limit_of_nodes_unless_all_segmentations_are_cou
         ["a", None],
         ["a", 3],
         ["Ⅳ", "iv"],
-        {"a", "b"},
+        pytest.param({"a", "b"}, id="a set"),
         ["a", "\ud800"],
     ],
     ids=repr,
