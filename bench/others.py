@@ -126,10 +126,11 @@ class Others:
         settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=-1)
         # it would ask a hub for a flash kernel where no package brings one
         flash = any(map(find_spec, ("flash_attn", "flash_attn_interface")))
+        share = None if self._network.device.type == "cuda" else 0.2  # of main memory, which others use, too
         found = self._network.generate_batch(
             [list(each) for each in self._words.draw(rows, prompt)],
             generation_config=settings,
-            continuous_batching_config=ContinuousBatchingConfig(auto_switch_to_flash=flash),
+            continuous_batching_config=ContinuousBatchingConfig(auto_switch_to_flash=flash, max_memory_percent=share),
             max_new_tokens=tokens,
             persistent_manager=True,
         )
