@@ -2,7 +2,7 @@
 
     python bench/flow_runs.py --runs 8 --out flow-runs.json         # minutes; a server and a worker on 127.0.0.1
     python bench/flow_runs.py --questions 16 --database postgresql+asyncpg://postgres@127.0.0.1:5432/prefect
-    python bench/flow_runs.py --model /tmp/7b/base --dtype bfloat16 --batch-size 256 --questions 512 --alone 8  # a GPU
+    python bench/flow_runs.py --model /tmp/7b/base --dtype bfloat16 --batch-size 256 --database URL --alone 8  # a GPU
 
 It measures how long the first and the second run of a deployment spend on their model, runs many at once, some with
 other adapters and settings, compares the rows of each with those of the same run alone, and looks at the host before

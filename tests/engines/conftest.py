@@ -61,7 +61,7 @@ def make_network() -> Callable[..., LlamaForCausalLM]:
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
-                "head_dim": 32 if ON_VLLM or torch.cuda.is_available() else None,  # vLLM has none smaller on a CPU
+                "head_dim": 32 if ON_VLLM or torch.cuda.is_available() else None,  # of vLLM on a CPU; Triton takes 16
                 "max_position_embeddings": 256,
                 "bos_token_id": None,
                 "eos_token_id": None,

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alpaca_core.engines import native
-from alpaca_core.engines.llama import Llama
+from alpaca_core.engines.llama import Llama, runs
 from alpaca_core.engines.native import NativeModel
 from alpaca_core.engines.quantizing import ends_of, recipe
 from alpaca_core.engines.reading import norms_of
@@ -257,6 +257,12 @@ def test_weights_are_quantized_one_at_a_time(
     assert len(ends_of(quantized)) == 16 * 7
     # as it was read, in float16 and in 8 bits: 5 bytes a number; the whole network would be 140 times one matrix
     assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() < 8 * largest
+
+
+def test_heads_that_are_too_small_for_triton_are_left_to_transformers(make_network: Callable[..., Any]) -> None:
+    network = make_network(head_dim=8)
+    assert runs(network)
+    assert not runs(network.to("cuda"))
 
 
 def test_a_stated_share_of_the_memory_is_kept(make_network: Callable[..., Any], tokenizer: Tokenizer) -> None:
