@@ -38,6 +38,7 @@ from tests.engines.conftest import (  # noqa: F401
     tokenizer,
     wrapped,
 )
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -164,15 +165,6 @@ def make_hosted(request: pytest.FixtureRequest, tokenizer: Any, runtime: Path) -
 def make_model(make_hosted: Callable[..., Any]) -> Callable[..., HostModel]:
     """Under the name that the engines' tests ask by."""
     return lambda *args, **settings: make_hosted(*args, **settings)[0]  # type: ignore[no-any-return]
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Wait until something holds; return what it gave."""
-    ends = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < ends, f"waited for {seconds} s"
-        time.sleep(0.02)
-    return found
 
 
 ENGINE, SERVER = "alpaca_core.host.engine", "alpaca_core.host.server"

@@ -40,9 +40,9 @@ from tests.host.conftest import (
     own_folder,
     processes,
     spec_of,
-    until,
 )
 from tests.host.test_processes import work
+from tests.waiting import until
 
 KILLS = int(os.environ.get("ALPACA_SOAK_KILLS", "5"))
 SEEDS = 6

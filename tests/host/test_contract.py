@@ -37,7 +37,7 @@ from tests.engines.test_transformers import (  # noqa: F401
     test_rows_that_name_no_adapter_get_the_bare_base_of_a_model_without_one,
     test_two_threads_use_different_adapters_at_once,
 )
-from tests.host.conftest import until
+from tests.waiting import until
 
 NAMES = ("default", "other")
 STRANGE = [(), (1,) * 251, (1,) * 5000, (258,), (1, -1), (2**31,), (1, 2**63, 2), (-(10**30),)]

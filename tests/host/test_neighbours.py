@@ -17,7 +17,8 @@ from alpaca_core.host.place import find_base_apart, key_of
 from alpaca_core.model import GenerateRow
 from alpaca_core.spec import ModelSpec, Sampling
 from tests.engines.conftest import wrapped
-from tests.host.conftest import NativeModel, ThreadedWarm, own_folder, processes, served, spec_of, until
+from tests.host.conftest import NativeModel, ThreadedWarm, own_folder, processes, served, spec_of
+from tests.waiting import until
 
 SHORT = [GenerateRow((1, 2), Sampling(max_new_tokens=2))]
 LONG = [GenerateRow((1, 2), Sampling(max_new_tokens=50_000))] * 2

@@ -22,7 +22,8 @@ from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import connection
 from alpaca_core.model import GenerateRow, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec, Sampling
-from tests.host.conftest import ADAPTERS, host_of, in_process, processes, spec_of, until
+from tests.host.conftest import ADAPTERS, host_of, in_process, processes, spec_of
+from tests.waiting import until
 
 SETTINGS = [
     Sampling(max_new_tokens=12),

@@ -18,7 +18,8 @@ from alpaca_core.host.application import application
 from alpaca_core.host.protocol import MOST_BYTES, MOST_ROWS, read_error, read_result, write_error, write_result
 from alpaca_core.model import ERROR_CODES, Completion, RowError, Scores
 from tests.engines.conftest import wrapped
-from tests.host.conftest import NativeModel, ThreadedWarm, served, until
+from tests.host.conftest import NativeModel, ThreadedWarm, served
+from tests.waiting import until
 
 GOOD = {"rows": [{"prompt_ids": [1, 2], "sampling": {"max_new_tokens": 2}, "adapter": None}]}
 SCORE = {"rows": [{"prompt_ids": [1], "tokens": [1, 2], "parents": [-1, 0], "adapter": None}]}

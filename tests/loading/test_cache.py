@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from alpaca_core.cache import MANIFEST, Manifest, cache_folder, known_digests, prepare, sha256_of
 from alpaca_core.errors import DigestMismatch, LoadError
 from alpaca_core.spec import digest_of
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,9 +98,7 @@ def test_the_lock_of_a_folder_is_the_same_by_any_path_to_it(tmp_path: Path, cach
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
     folder, log = tmp_path / "folder", tmp_path / "log"
     process = start(folder, log, 60)
-    deadline = time.monotonic() + 20
-    while not list(tmp_path.glob(".*/half")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: list(tmp_path.glob(".*/half")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not folder.exists()

@@ -31,6 +31,7 @@ from alpaca_core.errors import InvalidRequest
 from alpaca_core.spec import Value
 from alpaca_core.testing import FakeModel
 from prefect_alpaca import tasks
+from tests.waiting import until
 
 VERBS = [
     *("generate", "chain_of_thought", "conclude", "verify", "judge", "cascade"),
@@ -192,6 +193,8 @@ def test_runs_are_named_by_what_they_do() -> None:
 
     with tasks.use_model(FAKE):
         run = all_of_them()
+    own = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
     with get_client(sync_client=True) as client:
-        ran = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
+        # Prefect's server writes task runs down from events, which it reads when it comes to them
+        ran = until(lambda: len(found := client.read_task_runs(flow_run_filter=own)) >= len(calls) and found, 60.0)
     assert sorted(each.name for each in ran) == sorted(name for _, _, name in calls)
