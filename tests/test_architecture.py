@@ -56,6 +56,7 @@ ROOMS = [  # from the top floor down: a room imports only what stands below it
     "alpaca_core.host.metrics",
     "alpaca_core.host.neighbours",
     "alpaca_core.host.keeping",
+    "alpaca_core.host.loader",
     "alpaca_core.host.settings",
     "alpaca_core.host.beside",
     "alpaca_core.host.scheduler",

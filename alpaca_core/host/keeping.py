@@ -6,7 +6,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from typing import IO, Any
@@ -14,43 +15,23 @@ from typing import IO, Any
 import psutil
 
 from alpaca_core.adapters import find_adapters
-from alpaca_core.errors import (
-    AlpacaError,
-    DigestMismatch,
-    HostError,
-    HostUnavailable,
-    InvalidAdapter,
-    InvalidRequest,
-    LoadError,
-    NotEnoughMemory,
-)
-from alpaca_core.host.beside import Beside, by_digest, check_known, still_there
+from alpaca_core.errors import AlpacaError, HostUnavailable, InvalidRequest, LoadError
+from alpaca_core.host.beside import by_digest, check_known
+from alpaca_core.host.loader import Loader, MakeRoom, no_room
 from alpaca_core.host.place import device_of, find_base_apart, key_of
 from alpaca_core.host.protocol import Kind, ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
 from alpaca_core.host.settings import Settings as Settings
-from alpaca_core.host.supervisor import Engine, Loaded, memory_kills
-from alpaca_core.identity import as_asked, identity
+from alpaca_core.host.supervisor import Loaded, memory_kills
+from alpaca_core.identity import as_asked
 from alpaca_core.model import DEFAULT_ADAPTER, ModelInfo
-from alpaca_core.spec import ModelSpec, NamedAdapter, digest_of
+from alpaca_core.spec import ModelSpec, NamedAdapter
 
 _LOG = logging.getLogger(__name__)
-_LOADS = 5
-"""Loads in a row that may fail after one that did not: whatever is in the way may go."""
-_FIRST_LOADS = 3
-"""Before one did not, or with new adapters: times that an engine may die as it loads. What it says itself is final."""
 _IN_VAIN = 64
 """Engines that may die, one after the other, without a result in between: then it is not the rows."""
 _DRAIN = 30.0
 """Seconds that rows get to end before an engine is replaced on purpose; those that have not are run again."""
-
-MakeRoom = Callable[[], Awaitable[bool]]
-"""Ends another host of this device that has nothing to do; says whether there was one."""
-
-
-async def no_room() -> bool:
-    """Find no host that could go."""
-    return False
 
 
 class WarmModel:
@@ -73,25 +54,18 @@ class WarmModel:
         make_room: MakeRoom = no_room,
     ) -> None:
         self._spec, self.settings = spec, settings
-        self._log, self._inherited, self._make_room = log, inherited, make_room
         self._started = time.monotonic()
-        self._merged = [found.info.digest for found in find_adapters(spec)] if spec.merge_adapter else []
-        self._beside = Beside(spec, settings.idle)
-        self._base = find_base_apart(spec)
-        # of the same commit at each load: a hub may get a newer one
-        self._pinned = spec.model_copy(update={"revision": self._base.revision or spec.revision})
-        self.key = key_of(spec, self._base)
-        told = [self._base.digest, self._merged, spec.quantization, spec.dtype, spec.engine]
-        self.identity = digest_of(told)[:16]
+        self._loader = Loader(spec, settings, self._heard, lambda: self.scheduler.adapters, log, inherited, make_room)
+        self.key = self._loader.key
+        self._beside = self._loader.beside
         self.scheduler = Scheduler(self._send, settings.queue)
         self.loaded: Loaded | None = None
         self.error: AlpacaError | None = None
         self.leaving = False
-        self._engine: Engine | None = None
         self._ready = asyncio.Event()
         self._changing = asyncio.Lock()
+        self._asked: list[dict[str, NamedAdapter]] = []  # by clients that wait for an adapter
         self._task: asyncio.Task[None] | None = None
-        self._was_loaded = False
         self.restarts = 0
 
     def start(self) -> None:
@@ -100,7 +74,7 @@ class WarmModel:
 
     async def stop(self) -> None:
         """End the engine. Rows that have not come out get an error."""
-        self.leaving = True
+        self.leaving = self._loader.leaving = True
         await self._halt()
         self.scheduler.fail(HostUnavailable("the host has been stopped. Run it again."))
 
@@ -135,7 +109,7 @@ class WarmModel:
         infos = [found.info for found in adapters]
         info = as_asked(loaded.info, base.digest, infos, spec.template, spec.merge_adapter)
         told = info.model_copy(update={"name": spec.base_model})
-        return ModelReply(info=told, adapters=names, identity=self.identity)
+        return ModelReply(info=told, adapters=names, identity=self._loader.identity)
 
     async def tokenizer(self) -> TokenizerReply:
         """Wait until the model is loaded; return what its tokenizer is made of.
@@ -162,7 +136,7 @@ class WarmModel:
         if self.error is not None:
             raise self.error
         named = {row["adapter"] for row in rows}
-        if identity not in ("", self.identity) or not named <= {None, DEFAULT_ADAPTER, *self._beside.names}:
+        if identity not in ("", self._loader.identity) or not named <= {None, DEFAULT_ADAPTER, *self._beside.names}:
             raise HostUnavailable(
                 "rows are for one model and adapters of it, as a reply to /v1/model calls them, but this host, which "
                 "may have begun since, has others. Ask it again."
@@ -179,7 +153,7 @@ class WarmModel:
     def status(self) -> Status:
         """Look at it."""
         scheduler = self.scheduler
-        pid = self._engine.pid if self._engine else None
+        pid = self._loader.engine.pid if self._loader.engine else None
         return Status.model_validate(
             {
                 "version": version("prefect-alpaca"),
@@ -209,82 +183,91 @@ class WarmModel:
         return "failed" if self.error else "ready" if self._ready.is_set() else "loading"
 
     async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
-        """Load the engine again with adapters that it has not.
+        """Load the engine again with adapters that it has not, and with those that others wait for.
 
         The engine goes on until a process of its own has found that they go on the base. What can fail then is memory.
         """
-        async with self._changing:
-            if wanted.keys() <= self._beside.here.keys():
-                return
-            missing = self._beside.missing(wanted, self.scheduler.adapters)
-            names = ", ".join(repr(adapter.source) for adapter in missing.values())
-            if self.settings.fixed:  # known by name, but with other bytes than when it was started
-                raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
-            await self._check(missing)
-            await self._when_ready()
-            self.scheduler.pause()
-            ends = time.monotonic() + _DRAIN
-            while self.scheduler.running and time.monotonic() < ends:
-                await asyncio.sleep(0.02)
-            await self._halt()
-            self._ready.clear()
-            self.scheduler.died(0.0)
-            before = self._beside.here
-            self._beside.add(missing)
-            try:
-                await self._load_again(_FIRST_LOADS, HostError)
-            except AlpacaError as error:  # it is for those alone who asked for these adapters
-                if not isinstance(error, LoadError):
-                    error = LoadError(f"an engine has to live through its load, but with {names}: {error}")
-                self._beside.refuse(missing, error)
-                self._beside.here = before
-                raise error from None
-            finally:
-                self._task = asyncio.create_task(self._keep())
+        self._asked.append(wanted)
+        try:
+            async with self._changing:
+                if wanted.keys() <= self._beside.here.keys():
+                    return
+                missing = self._lacking(wanted)
+                if self.settings.fixed:  # known by name, but with other bytes than when it was started
+                    names = ", ".join(repr(each.source) for each in missing.values())
+                    raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
+                together = await self._checked()
+                self._lacking(wanted)  # raises what has come of it
+                try:
+                    await self._change(self._lacking(together))
+                except LoadError:
+                    if together.keys() <= missing.keys():
+                        raise
+                    await self._change(missing)
+        finally:
+            self._asked.remove(wanted)
 
-    async def _check(self, adapters: Mapping[str, NamedAdapter]) -> None:
-        """See whether adapters go on the base, beside the engine, which goes on.
+    async def _checked(self) -> dict[str, NamedAdapter]:
+        """Of the adapters that clients wait for, those that go on the base."""
+        found: dict[str, NamedAdapter] = {}
+        for _ in range(2):  # the second time for whoever has come during the first
+            new: dict[str, NamedAdapter] = {}
+            for wanted in self._asked:
+                with suppress(LoadError):  # of which its own client hears
+                    new |= self._lacking(wanted)
+            if new.keys() <= found.keys():
+                break
+            found |= await self._loader.check({digest: new[digest] for digest in new.keys() - found.keys()})
+        return found
+
+    def _lacking(self, wanted: dict[str, NamedAdapter]) -> dict[str, NamedAdapter]:
+        """What the engine has to be loaded again for.
 
         Raises:
-            InvalidAdapter: If they do not.
+            LoadError: If it has been refused.
         """
-        trial = Engine(self._with(adapters), self._heard, self._log)
+        return self._beside.missing(wanted, self.scheduler.adapters)
+
+    async def _change(self, missing: dict[str, NamedAdapter]) -> None:
+        """Let running rows end, and load the engine again with more adapters."""
+        await self._when_ready()
+        self.scheduler.pause()
+        ends = time.monotonic() + _DRAIN
+        while self.scheduler.running and time.monotonic() < ends:
+            await asyncio.sleep(0.02)
+        await self._halt()
+        self._ready.clear()
+        self.scheduler.died(0.0)
         try:
-            await trial.check_adapters(self.settings.hang)
-        except InvalidAdapter as error:
-            self._beside.refuse(adapters, error)
-            raise
-        except (AlpacaError, OSError) as error:  # then a load will tell
-            _LOG.warning("adapters are loaded unchecked: %s", error)
+            self._begin(await self._loader.load_more(missing))
         finally:
-            await trial.stop()
+            self._task = asyncio.create_task(self._keep())
 
     async def _halt(self) -> None:
         """End the engine, and whoever listens to it."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        if self._engine is not None:
-            await self._engine.stop()
+        if self._loader.engine is not None:
+            await self._loader.engine.stop()
 
     async def _keep(self) -> None:
         """Load an engine where there is none, listen to it, and load another when it dies."""
         while not self.leaving:
             if not self._ready.is_set():
-                times, passing = (_LOADS, AlpacaError) if self._was_loaded else (_FIRST_LOADS, HostError)
                 try:
-                    await self._load_again(times, passing)
+                    self._begin(await self._loader.load())
                 except AlpacaError as error:
                     self._fail(error)
                     return
-            assert self._engine is not None
+            assert self._loader.engine is not None
             kills = deque([memory_kills()], maxlen=3)  # of late: those of days ago are somebody else's
 
             def busy(kills: deque[int] = kills) -> bool:
                 kills.append(memory_kills())
                 return self.scheduler.running > 0
 
-            code = await self._engine.listen(self.settings.hang, busy)
+            code = await self._loader.engine.listen(self.settings.hang, busy)
             self.restarts += 1
             self._ready.clear()
             # SIGTERM and SIGKILL come from a person, unless the system says that it was short of memory
@@ -301,72 +284,11 @@ class WarmModel:
         self._ready.set()
         self.scheduler.fail(error)
 
-    async def _load_again(self, times: int, passing: type[AlpacaError]) -> None:
-        """Load, so many times where it may help.
-
-        Args:
-            times: At most.
-            passing: The kind of error that another attempt may not find.
-
-        Raises:
-            LoadError: If the model cannot be loaded, or its files have become another model's.
-            HostUnavailable: If the engine cannot be started, or dies again and again.
-        """
-        for failures in range(1, times + 1):
-            try:
-                await self._load()
-                return
-            except DigestMismatch:
-                raise
-            except (AlpacaError, OSError) as found:
-                error = found if isinstance(found, AlpacaError) else _no_process(found)
-                if failures == times or self.leaving or not isinstance(error, passing):
-                    raise error from None
-            await asyncio.sleep(failures)
-
-    async def _load(self) -> None:
-        spec = self._pinned
-        if not spec.merge_adapter:
-            # rows of one that is not there any more get an error, and nobody else notices
-            self._beside.tidy(await asyncio.to_thread(still_there, self._beside.here), self.scheduler.adapters)
-            spec = self._with(self._beside.here)
-        while True:
-            if self.leaving:
-                raise HostUnavailable("the host is being stopped. Run it again.")
-            self._engine = Engine(spec, self._heard, self._log, self._inherited)
-            try:
-                loaded = await self._engine.start(self.settings.hang)
-            except NotEnoughMemory:
-                if not await self._make_room():
-                    raise
-            else:
-                break
-        if not self._is_ours(loaded.info):
-            await self._engine.stop()
-            if {adapter.digest for adapter in loaded.info.adapters} != set(self._beside.here or self._merged):
-                raise HostUnavailable("adapters became others while they were loaded. Load the model again.")
-            raise DigestMismatch(
-                f"a host keeps one model, but files of {spec.base_model!r} or its adapters have become others since it "
-                "began. Load the model again: its own host starts."
-            )
-        self.loaded, self._was_loaded = loaded, True
+    def _begin(self, loaded: Loaded) -> None:
+        """Give a loaded engine its rows."""
+        self.loaded = loaded
         self._ready.set()
         self.scheduler.begin(self._spec.batch_size)
-
-    def _with(self, adapters: Mapping[str, NamedAdapter]) -> ModelSpec:
-        told = {"adapter": None, "adapter_revision": None, "adapters": tuple(adapters.values())}
-        return self._pinned.model_copy(update=told)
-
-    def _is_ours(self, info: ModelInfo) -> bool:
-        """Whether an engine has loaded the bytes that this host's key stands for, and adapters that are their names."""
-        if self._spec.merge_adapter:
-            same = [adapter.digest for adapter in info.adapters] == self._merged
-        else:
-            same = {adapter.digest for adapter in info.adapters} == set(self._beside.here)
-        told = identity(
-            self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter, info.engine
-        )
-        return same and told == (info.unshaped_digest or info.digest)
 
     async def _when_ready(self) -> Loaded:
         await self._ready.wait()
@@ -376,20 +298,17 @@ class WarmModel:
         return self.loaded
 
     def _send(self, message: dict[str, Any]) -> None:
-        assert self._engine is not None
+        engine = self._loader.engine
+        assert engine is not None
         if "add" in message and self.scheduler.running == len(message["add"]):
-            self._engine.work_begins()
-        self._engine.send(message)
+            engine.work_begins()
+        engine.send(message)
 
     def _heard(self, message: dict[str, Any]) -> None:
         if "ended" in message:
             self.scheduler.heard(message["ended"], message["tokens"])
         elif "info" in message and self.loaded is not None:
             self.loaded = replace(self.loaded, info=ModelInfo.model_validate(message["info"]))
-
-
-def _no_process(error: OSError) -> HostUnavailable:
-    return HostUnavailable(f"an engine is a process of its own, but none can be started ({error}). Try again later.")
 
 
 def _resident(pid: int | None) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca_core.errors import HostUnavailable, LoadError
+from alpaca_core.errors import AlpacaError, HostUnavailable, LoadError
 from alpaca_core.host.protocol import MOST_BYTES, TokenizerReply, read_error
 from alpaca_core.model import ModelInfo
 from alpaca_core.spec import ModelSpec
@@ -100,13 +100,17 @@ class Engine:
         message = await self._begin("load", hang)
         return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
 
-    async def check_adapters(self, hang: float) -> None:
+    async def check_adapters(self, hang: float) -> dict[str, AlpacaError]:
         """Start it to see whether the spec's adapters go on its base: without the weights, and not on the device.
+
+        Returns:
+            An error for each that does not, by name.
 
         Raises:
             LoadError, HostUnavailable: As `start`.
         """
-        await self._begin("check", hang)
+        message = await self._begin("check", hang)
+        return {name: read_error(error) for name, error in message["checked"].items()}
 
     async def _begin(self, task: str, hang: float) -> dict[str, Any]:
         """Start the process with its first message; return its answer."""
