@@ -158,7 +158,7 @@ def _masses_by_samples(
     """Count labels among sampled responses, as people do it; its mean is what the logits say outright."""
 
     def draw(each: Asked, index: int) -> GenerateRow:
-        sampling = Sampling(temperature=1.0, max_new_tokens=max(each.spellings.trie.depths()), seed=seed)
+        sampling = Sampling(temperature=1.0, max_new_tokens=each.spellings.trie.deepest, seed=seed)
         return GenerateRow(each.prompt.ids, sampling, index, adapter)
 
     repeated = [each for each in asked for _ in range(samples)]

@@ -178,6 +178,16 @@ class Trie:
         return [self.path(node) for node in sorted(nodes) if node not in above]
 
     @cached_property
+    def deepest(self) -> int:
+        """Tokens of the longest path; 0 where there is none."""
+        return max(self._depths, default=0)
+
+    @cached_property
+    def extremes(self) -> tuple[int, int]:
+        """The least token and the largest; 0 and 0 where there is none."""
+        return min(self.tokens, default=0), max(self.tokens, default=0)
+
+    @cached_property
     def _depths(self) -> tuple[int, ...]:
         depths: list[int] = []
         for parent in self.parents:

@@ -103,7 +103,7 @@ class FakeModel(LanguageModel):
         """Score: the share of the replies that go on with a token, among those that began as its path."""
         for index, row in enumerate(rows):
             try:
-                check_fits(len(row.prompt_ids), max(row.continuations.depths(), default=0), self._info, "the labels")
+                check_fits(len(row.prompt_ids), row.continuations.deepest, self._info, "the labels")
                 yield index, self._scores(row)
             except RowRejected as error:
                 yield index, RowError.of(error)

@@ -20,20 +20,18 @@ def check_row(row: GenerateRow | ScoreRow, info: ModelInfo, *, merged: bool = Fa
     """
     if not row.prompt_ids:
         raise RowRejected("empty_text", "a prompt has one token at least, but this one has none. Write something.")
-    continuation: Sequence[int] = ()
+    least, largest = min(row.prompt_ids), max(row.prompt_ids)
     if isinstance(row, GenerateRow):
         check_fits(len(row.prompt_ids), row.sampling.max_new_tokens, info)
     else:
-        continuation = row.continuations.tokens
-        longest = max(row.continuations.depths(), default=0)
-        check_fits(len(row.prompt_ids), longest, info, "the longest continuation")
-    vocab = info.vocab_size
-    for tokens in (row.prompt_ids, continuation):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
-            strange = next(token for token in tokens if not 0 <= token < vocab)
-            raise RowRejected(
-                "not_text", f"a token id lies between 0 and {vocab - 1:,}, but got {strange}. Check the id."
-            )
+        check_fits(len(row.prompt_ids), row.continuations.deepest, info, "the longest continuation")
+        first, last = row.continuations.extremes
+        least, largest = min(least, first), max(largest, last)
+    if not 0 <= least <= largest < info.vocab_size:
+        strange = least if least < 0 else largest
+        raise RowRejected(
+            "not_text", f"a token id lies between 0 and {info.vocab_size - 1:,}, but got {strange}. Check the id."
+        )
     info.adapter(row.adapter)
     if row.adapter is None and info.adapters and merged:
         raise RowRejected(

@@ -65,7 +65,7 @@ class NativeModel(Engine):
         self._dropped: deque[Request] = deque()  # requests that nobody waits for any more
         self._recovery = Recovery(shape, self._changed)
         self._tell(shape)
-        self._numbers = {name: number for number, name in enumerate(self._peft_names.values())}
+        self._numbers = {name: number for number, name in enumerate(self._peft_names)}
 
     def generate(self, rows: Sequence[GenerateRow]) -> Iterator[tuple[int, Completion | RowError]]:
         """Generate one response for each row; each comes out as soon as it has ended."""
@@ -168,8 +168,7 @@ class NativeModel(Engine):
     def _number(self, row: GenerateRow | ScoreRow) -> int:
         """Check a row, and return the number of its adapter; -1 is the bare base."""
         self._check(row)
-        name = self._adapter(row)
-        return -1 if name is None else self._numbers[name]
+        return -1 if row.adapter is None else self._numbers.get(row.adapter, -1)
 
 
 def first_shape(device: torch.device, batch_size: int) -> Shape:

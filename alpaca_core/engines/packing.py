@@ -10,8 +10,11 @@ whatever lies beside it, and whoever computed the pages before it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alpaca_core.model import Trie
@@ -20,6 +23,9 @@ TILE = 32
 """Lanes of a tile."""
 PAGE = 16
 """Tokens of a page, half a tile: the unit in which rows share what they have in common."""
+
+_ALIGNED = 64
+"""Numbers of 32 bits in 256 bytes."""
 
 _CAUSAL = tuple((2 << lane) - 1 for lane in range(TILE))
 _ALONE = tuple(1 << lane for lane in range(TILE))
@@ -174,21 +180,35 @@ def pack(tiles: Sequence[Tile], size: int, most_ends: int, device: torch.device)
     def sees(tile: Tile) -> list[int]:
         return [*_ALONE[: tile.lane], *tile.sees, *_ALONE[tile.lane + len(tile.sees) :]]
 
-    def tensor(values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
     ends = [start + len(tile.ids) - 1 for start, tile in zip(starts, tiles, strict=True)]
-    return Packed(
-        ids=tensor(ids, torch.long),
-        positions=tensor(positions),
-        places=tensor(places),
-        adapters=tensor(adapters, torch.long),
-        starts=tensor(starts),
-        counts=tensor([len(tile.ids) for tile in tiles]),
-        lanes=tensor([tile.lane for tile in tiles]),
-        contexts=tensor([tile.context for tile in tiles]),
-        sees=tensor([sees(tile) for tile in tiles], torch.long).to(torch.int32),
-        table=tensor([table(tile, depth) for tile, depth in zip(tiles, depths, strict=True)]),
-        ends=tensor([*ends, *[0] * (most_ends - len(ends))], torch.long),
-        depths=depths,
-    )
+    tables = {
+        "ids": ids,
+        "positions": positions,
+        "places": places,
+        "adapters": adapters,
+        "starts": starts,
+        "counts": [len(tile.ids) for tile in tiles],
+        "lanes": [tile.lane for tile in tiles],
+        "contexts": [tile.context for tile in tiles],
+        "sees": [sees(tile) for tile in tiles],
+        "table": [table(tile, depth) for tile, depth in zip(tiles, depths, strict=True)],
+        "ends": [*ends, *[0] * (most_ends - len(ends))],
+    }
+    there = dict(zip(tables, _moved([numpy.array(each) for each in tables.values()], device), strict=True))
+    for name in ("ids", "adapters", "ends"):
+        there[name] = there[name].long()
+    return Packed(**there, depths=depths)
+
+
+def _moved(tables: Sequence[NDArray[numpy.int64]], device: torch.device) -> list[Tensor]:
+    """Tables of 32 bits on the device, by one copy: each would take a gap between two passes of a GPU.
+
+    Each begins at a multiple of 256 bytes, as if it were a tensor of its own.
+    """
+    firsts = [0, *accumulate(-(-table.size // _ALIGNED) * _ALIGNED for table in tables)]
+    whole = torch.empty(firsts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = whole.numpy()
+    for first, table in zip(firsts, tables, strict=False):
+        host[first : first + table.size] = table.astype(numpy.int32).ravel()  # masks of 32 bits wrap
+    there = whole.to(device, non_blocking=True)
+    return [there[first : first + table.size].view(table.shape) for first, table in zip(firsts, tables, strict=False)]

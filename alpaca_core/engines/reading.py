@@ -51,7 +51,7 @@ class _Reading:
     @property
     def size(self) -> int:
         """Tokens of the prompt, and of the longest path."""
-        return len(self.row.prompt_ids) + max(self.row.continuations.depths(), default=0)
+        return len(self.row.prompt_ids) + self.row.continuations.deepest
 
 
 _Batch = list[tuple[Tile, tuple[_Reading, list[int]]]]

@@ -125,7 +125,7 @@ class _Cut:
         inner = numpy.array(sorted(set(trie.parents) - {-1}), dtype=numpy.int64)
         branch = numpy.array(branches, dtype=numpy.int64)[inner]
         self._order = inner[branch.argsort(kind="stable")]
-        self.deepest = max(trie.depths(), default=0)
+        self.deepest = trie.deepest
         self.sizes: list[int] = []
         self.goes_on: list[bool] = []
         for size in numpy.unique(branch, return_counts=True)[1].tolist():

@@ -91,7 +91,7 @@ class TransformersModel(Engine):
             self._check(row)
             two_passes = any(parent >= 0 for parent in trie.parents)
             group = self._adapter(row), two_passes
-            return Job(index, group, len(row.prompt_ids), new_tokens=max(trie.depths(), default=0))
+            return Job(index, group, len(row.prompt_ids), new_tokens=trie.deepest)
 
         jobs: list[Job] = []
         yield from _refused(rows, job, jobs)

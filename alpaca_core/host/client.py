@@ -266,7 +266,7 @@ def _check_size(row: GenerateRow | ScoreRow, info: ModelInfo) -> None:
         if isinstance(row, GenerateRow):
             check_fits(len(row.prompt_ids), row.sampling.max_new_tokens, info)
         else:
-            deepest = max(row.continuations.depths(), default=0)
+            deepest = row.continuations.deepest
             check_fits(len(row.prompt_ids), deepest, info, "the longest continuation")
 
 
