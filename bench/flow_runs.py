@@ -338,7 +338,7 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
 
 
 def lower(session: int) -> None:
-    """Give a session, by its first process, the lowest priority: where Linux groups sessions, others do not see `nice`."""
+    """Give a session, by its first process, the lowest priority; `nice` says nothing between those that Linux groups."""
     os.setpriority(os.PRIO_PGRP, session, 19)
     with suppress(OSError):
         Path(f"/proc/{session}/autogroup").write_text("19")
