@@ -338,7 +338,7 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
 
 
 def lower(session: int) -> None:
-    """Give a session, by its first process, the lowest priority; `nice` says nothing between those that Linux groups."""
+    """Give a session, by its first process, the lowest priority; `nice` alone counts within it, if at all."""
     os.setpriority(os.PRIO_PGRP, session, 19)
     with suppress(OSError):
         Path(f"/proc/{session}/autogroup").write_text("19")
