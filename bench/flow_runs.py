@@ -319,11 +319,13 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
     }
     command = [sys.executable, "-m", "prefect", "--no-prompt"]
     with (
-        started([*command, "server", "start", "--host", "127.0.0.1", "--port", port], place / "server.log") as server,
+        started(
+            ["nice", "-n", "19", *command, "server", "start", "--host", "127.0.0.1", "--port", port],
+            place / "server.log",
+        ) as server,
         temporary_settings({PREFECT_API_URL: url}),
         get_client(sync_client=True) as client,
     ):
-        lower(server.pid)
         while client.api_healthcheck() is not None:
             assert server.poll() is None, (place / "server.log").read_text()
             time.sleep(0.5)
@@ -335,13 +337,6 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
             finally:
                 for path, _ in list(hosts()):
                     stop(path)
-
-
-def lower(session: int) -> None:
-    """Give a session, by its first process, the lowest priority; `nice` alone counts within it, if at all."""
-    os.setpriority(os.PRIO_PGRP, session, 19)
-    with suppress(OSError):
-        Path(f"/proc/{session}/autogroup").write_text("19")
 
 
 @contextmanager
