@@ -98,7 +98,8 @@ def _parser() -> Parser:
         add(f"--{name}", metavar="NAME", help=about)
 
     def show_labels() -> None:
-        add("--show-labels", action=argparse.BooleanOptionalAction, help="name the labels in the prompt")
+        about = "name the labels in the prompt (default: where there are at most 20 and they are not yes and no)"
+        add("--show-labels", action=argparse.BooleanOptionalAction, help=about)
 
     def shown_labels() -> None:
         show_labels()
@@ -210,7 +211,7 @@ def _parser() -> Parser:
     add("--out", type=Path, metavar="FOLDER", help="new folder for the result (default: the cache)")
     add("--json", action="store_true", help="print one JSON object")
 
-    about = "serve a model to other processes and machines, which name it by ALPACA_HOST=http://..."
+    about = "serve a model to other processes and machines, which name it by ALPACA_HOST=http://HOST:PORT"
     add = command("serve", "", hosting.run_serve, about, model)
     add(
         "--address",
@@ -223,7 +224,12 @@ def _parser() -> Parser:
     add("--ray", action="store_true", help="as replicas on the Ray cluster of RAY_ADDRESS, else of this machine")
     add("--replicas", type=int, default=1, metavar="N", help="with --ray: replicas at least (default 1)")
     add("--most-replicas", type=int, metavar="N", help="with --ray: replicas at most, under load (default: as many)")
-    add("--gpus", type=float, metavar="N", help="with --ray: GPUs of a replica (default 1, on a CPU 0)")
+    add(
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="with --ray: GPUs of a replica (default 1, or --tensor-parallel-size; 0 with --device cpu)",
+    )
 
     about = "look at the hosts that keep models warm on this machine, or end them"
     add = command("host", "status|stop [KEY ...]", hosting.run_host, about)

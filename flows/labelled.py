@@ -128,4 +128,6 @@ def _keep(options: argparse.Namespace, value: Calibration | Policy, view: Render
         print_json(value.model_dump(mode="json"))
     else:
         terminal.console.print(view)
+        if not (options.out or options.name):
+            terminal.console.print("This is not kept anywhere: --out FILE or --name NAME keeps it.")
     return 0

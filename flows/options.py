@@ -41,14 +41,18 @@ def model_options() -> Parser:
     group.add_argument("--revision", metavar="COMMIT", help="commit of the model's hub repository")
     group.add_argument("--adapter", metavar="NAME", help="LoRA weights on top: hub repository or folder")
     group.add_argument("--adapter-revision", metavar="COMMIT", help="commit of the adapter's hub repository")
-    group.add_argument("--quantization", choices=_choices("quantization"), help="bitsandbytes quantization")
+    group.add_argument(
+        "--quantization",
+        choices=_choices("quantization"),
+        help="bitsandbytes quantization (default: the preset's, else none)",
+    )
     group.add_argument("--dtype", choices=_choices("dtype"), help="of the weights; bfloat16 on a GPU, float32 on a CPU")
     group.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--engine", choices=_choices("engine"), help="auto is our own; vllm needs the extra vllm")
     about = "GPUs over which vLLM splits each layer"
     group.add_argument("--tensor-parallel-size", type=int, metavar="N", help=about)
     group.add_argument("--template", choices=get_args(TemplateName), help="prompt template instead of the model's own")
-    group.add_argument("--batch-size", type=int, metavar="ROWS", help="rows computed together at most")
+    group.add_argument("--batch-size", type=int, metavar="ROWS", help="rows computed together at most (default 32)")
     group.add_argument("--memory-share", type=float, metavar="SHARE", help="of the device's memory (default 0.9)")
     return parser
 
@@ -179,10 +183,15 @@ def reference_of(arguments: list[str]) -> list[str]:
 
     A file whose name ends in ``.jsonl`` holds JSON Lines, as `labelled_texts` reads them; any other a row on
     each line that is not blank.
+
+    Raises:
+        InvalidRequest: If a file cannot be read, or a word ends like the name of one that is not there.
     """
     rows: list[str] = []
     for argument in arguments:
         if not os.path.isfile(argument):  # and not Path.is_file, which raises for a long text
+            if argument.endswith((".jsonl", ".txt")) and not any(map(str.isspace, argument)):
+                raise InvalidRequest(f"--reference is a row or a file of rows, but there is no file {argument!r:.200}.")
             rows.append(argument)
         elif argument.endswith(".jsonl"):
             rows += labelled_texts(argument)[0]

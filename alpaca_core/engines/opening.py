@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from alpaca_core.adapters import find_adapters
+from alpaca_core.errors import AlpacaError, InvalidAdapter
 from alpaca_core.model import LanguageModel
 from alpaca_core.spec import ModelSpec
 
@@ -38,14 +40,18 @@ def open_model(spec: ModelSpec) -> Iterator[LanguageModel]:
         yield model
 
 
-def check_adapters(spec: ModelSpec) -> None:
-    """See whether a spec's adapters go on its base, as its engine would: on a network that takes no memory.
+def refusals(spec: ModelSpec) -> dict[str, InvalidAdapter]:
+    """Say which adapters do not go on a spec's base, as its engine would: on networks that take no memory.
 
     Args:
-        spec: The recipe, with one adapter at least.
+        spec: The recipe, with named adapters beside its base.
+
+    Returns:
+        What speaks against an adapter, by its name. What else keeps one from being loaded, as files that have gone, is
+        left for a load to find.
 
     Raises:
-        LoadError: What `open_model` would raise of them.
+        LoadError: What `open_model` would raise of the base.
     """
     import torch
 
@@ -53,12 +59,21 @@ def check_adapters(spec: ModelSpec) -> None:
     from alpaca_core.engines.weights import device_of, dtype_of, find, open_network
 
     dtype = dtype_of(spec, device_of(spec))
-    base, adapters = find(spec)
-    plain = spec.model_copy(update={"quantization": "none", "device_map": None})
-    network = open_network(plain, base, torch.device("meta"), dtype)
-    if spec.engine == "vllm":
-        from alpaca_core.engines import vllm
+    plain = spec.model_copy(update={"quantization": "none", "device_map": None, "adapters": ()})
+    base, _ = find(plain)
+    refused: dict[str, InvalidAdapter] = {}
+    for adapter in spec.adapters:
+        try:
+            found = find_adapters(plain.model_copy(update={"adapters": (adapter,)}))
+            network = open_network(plain, base, torch.device("meta"), dtype)
+            if spec.engine == "vllm":
+                from alpaca_core.engines import vllm
 
-        vllm.check_adapters(network, adapters, dtype)
-    else:
-        attach(network, adapters, dtype)
+                vllm.check_adapters(network, found, dtype)
+            else:
+                attach(network, found, dtype)
+        except InvalidAdapter as error:
+            refused[adapter.name] = error
+        except AlpacaError:
+            continue
+    return refused

@@ -22,9 +22,9 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from alpaca_core.engines.feeding import BatchFeed
-from alpaca_core.engines.opening import check_adapters, open_model
+from alpaca_core.engines.opening import open_model, refusals
 from alpaca_core.engines.recovering import passes
-from alpaca_core.errors import AlpacaError, InvalidAdapter
+from alpaca_core.errors import AlpacaError
 from alpaca_core.host.protocol import GenerateJson, Result, write_error, write_result
 from alpaca_core.model import Completion, Feed, LanguageModel, ScoreRow, Trie
 from alpaca_core.spec import ModelSpec
@@ -80,7 +80,7 @@ def main() -> None:
     Thread(target=_say_alive, args=(pipe, loaded), daemon=True).start()
     try:
         if task == "check":
-            pipe.send(checked=_refusals(spec))
+            pipe.send(checked={name: write_error(error) for name, error in refusals(spec).items()})
             return
         with open_model(spec) as model:
             loaded.set()
@@ -94,17 +94,6 @@ def main() -> None:
                 os._exit(1)
     except AlpacaError as error:
         pipe.send(failed=write_error(error))
-
-
-def _refusals(spec: ModelSpec) -> dict[str, Any]:
-    """What speaks against adapters of a spec, by their names; nothing does against good ones."""
-    found = {}
-    for adapter in spec.adapters:
-        try:
-            check_adapters(spec.model_copy(update={"adapters": (adapter,)}))
-        except InvalidAdapter as error:
-            found[adapter.name] = write_error(error)
-    return found
 
 
 def _say_alive(pipe: Pipe, loaded: Event) -> None:

@@ -61,10 +61,9 @@ class WarmModel:
         self.scheduler = Scheduler(self._send, settings.queue)
         self.loaded: Loaded | None = None
         self.error: AlpacaError | None = None
-        self.leaving = False
         self._ready = asyncio.Event()
         self._changing = asyncio.Lock()
-        self._asked: list[dict[str, NamedAdapter]] = []  # by clients that wait for an adapter
+        self._asked: dict[int, dict[str, NamedAdapter]] = {}  # by clients that wait for adapters, and share a load
         self._task: asyncio.Task[None] | None = None
         self.restarts = 0
 
@@ -74,9 +73,11 @@ class WarmModel:
 
     async def stop(self) -> None:
         """End the engine. Rows that have not come out get an error."""
-        self.leaving = self._loader.leaving = True
+        self._loader.leaving = True
         await self._halt()
-        self.scheduler.fail(HostUnavailable("the host has been stopped. Run it again."))
+        self.error = HostUnavailable("the host has been stopped. Run it again.")
+        self._ready.set()
+        self.scheduler.fail(self.error)
 
     async def model(self, spec: ModelSpec) -> ModelReply:
         """Wait until the model is loaded, with a spec's adapters; say what it is.
@@ -144,6 +145,11 @@ class WarmModel:
         self._beside.name(named)
         return self.scheduler.submit(client, kind, rows)
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it has been stopped."""
+        return self._loader.leaving
+
     def idle(self) -> float:
         """Seconds since there was something to do; 0 while it loads."""
         if self.scheduler.running or self.scheduler.waiting or not self._ready.is_set():
@@ -182,54 +188,49 @@ class WarmModel:
             return "leaving"
         return "failed" if self.error else "ready" if self._ready.is_set() else "loading"
 
-    async def _have(self, wanted: dict[str, NamedAdapter]) -> None:
+    async def _have(self, own: dict[str, NamedAdapter]) -> None:
         """Load the engine again with adapters that it has not, and with those that others wait for.
 
         The engine goes on until a process of its own has found that they go on the base. What can fail then is memory.
         """
-        self._asked.append(wanted)
+        self._asked[id(own)] = own
         try:
             async with self._changing:
-                if wanted.keys() <= self._beside.here.keys():
+                if own.keys() <= self._beside.here.keys():
                     return
-                missing = self._lacking(wanted)
+                missing = self._lacking(own)
                 if self.settings.fixed:  # known by name, but with other bytes than when it was started
                     names = ", ".join(repr(each.source) for each in missing.values())
                     raise InvalidRequest(f"this host serves the adapters that it was started with, but not {names}.")
-                together = await self._checked()
-                self._lacking(wanted)  # raises what has come of it
-                try:
-                    await self._change(self._lacking(together))
-                except LoadError:
-                    if together.keys() <= missing.keys():
-                        raise
-                    await self._change(missing)
+                checked = dict[str, NamedAdapter]()
+                for _ in range(2):  # the second time for whoever has come during the first
+                    if new := {digest: each for digest, each in self._waited_for(own).items() if digest not in checked}:
+                        await self._loader.check(new)
+                        checked |= new
+                missing = self._lacking(own)  # unless the check was against it
+                shared = self._waited_for(own)
+                await self._change(missing, {digest: shared[digest] for digest in shared.keys() & checked.keys()})
         finally:
-            self._asked.remove(wanted)
+            self._asked.pop(id(own), None)
 
-    async def _checked(self) -> dict[str, NamedAdapter]:
-        """Of the adapters that clients wait for, those that go on the base."""
+    def _waited_for(self, own: dict[str, NamedAdapter]) -> dict[str, NamedAdapter]:
+        """What the engine lacks of clients that wait, this one first; nothing of one that is refused any of it."""
         found: dict[str, NamedAdapter] = {}
-        for _ in range(2):  # the second time for whoever has come during the first
-            new: dict[str, NamedAdapter] = {}
-            for wanted in self._asked:
-                with suppress(LoadError):  # of which its own client hears
-                    new |= self._lacking(wanted)
-            if new.keys() <= found.keys():
-                break
-            found |= await self._loader.check({digest: new[digest] for digest in new.keys() - found.keys()})
+        for asked in (own, *self._asked.values()):
+            with suppress(LoadError):  # of which its own client hears
+                found |= self._lacking(asked)
         return found
 
-    def _lacking(self, wanted: dict[str, NamedAdapter]) -> dict[str, NamedAdapter]:
+    def _lacking(self, asked: dict[str, NamedAdapter]) -> dict[str, NamedAdapter]:
         """What the engine has to be loaded again for.
 
         Raises:
             LoadError: If it has been refused.
         """
-        return self._beside.missing(wanted, self.scheduler.adapters)
+        return self._beside.missing(asked, self.scheduler.adapters)
 
-    async def _change(self, missing: dict[str, NamedAdapter]) -> None:
-        """Let running rows end, and load the engine again with more adapters."""
+    async def _change(self, own: dict[str, NamedAdapter], shared: dict[str, NamedAdapter]) -> None:
+        """Let running rows end, and load the engine again with shared adapters, or a client's own where that fails."""
         await self._when_ready()
         self.scheduler.pause()
         ends = time.monotonic() + _DRAIN
@@ -239,17 +240,28 @@ class WarmModel:
         self._ready.clear()
         self.scheduler.died(0.0)
         try:
-            self._begin(await self._loader.load_more(missing))
+            await self._load_more(own, shared)
         finally:
             self._task = asyncio.create_task(self._keep())
+
+    async def _load_more(self, own: dict[str, NamedAdapter], shared: dict[str, NamedAdapter]) -> None:
+        for adapters in (shared, own):
+            try:
+                self._begin(await self._loader.load_more(adapters))
+                return
+            except LoadError as error:
+                if adapters.keys() == own.keys():
+                    self._beside.refuse(own, error)
+                    raise
+                _LOG.warning("adapters of several clients are loaded one client's at a time: %s", error)
+                self._asked.clear()  # nobody is refused for what another has brought
 
     async def _halt(self) -> None:
         """End the engine, and whoever listens to it."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        if self._loader.engine is not None:
-            await self._loader.engine.stop()
+        await self._loader.halt()
 
     async def _keep(self) -> None:
         """Load an engine where there is none, listen to it, and load another when it dies."""
@@ -291,7 +303,8 @@ class WarmModel:
         self.scheduler.begin(self._spec.batch_size)
 
     async def _when_ready(self) -> Loaded:
-        await self._ready.wait()
+        if self.error is None:
+            await self._ready.wait()
         if self.error is not None:
             raise self.error
         assert self.loaded is not None

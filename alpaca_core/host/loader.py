@@ -81,12 +81,17 @@ class Loader:
         self.leaving = False
         self._was_loaded = False
 
-    async def check(self, adapters: Mapping[str, NamedAdapter]) -> dict[str, NamedAdapter]:
-        """Find those that go on the base, by a process beside the engine, which goes on; the others are refused."""
+    async def halt(self) -> None:
+        """End the engine."""
+        if self.engine is not None:
+            await self.engine.stop()
+
+    async def check(self, adapters: Mapping[str, NamedAdapter]) -> None:
+        """See which adapters do not go on the base, by a process beside the engine, which goes on; refuse these."""
         trial = Engine(self._with(adapters), self._heard, self._log)
         bad: dict[str, AlpacaError] = {}
         try:
-            bad = await trial.check_adapters(self._hang)
+            bad = await trial.refusals(self._hang)
         except (AlpacaError, OSError) as error:  # then a load will tell
             _LOG.warning("adapters are loaded unchecked: %s", error)
         finally:
@@ -94,7 +99,6 @@ class Loader:
         for digest, adapter in adapters.items():
             if isinstance(why := bad.get(adapter.name), LoadError):
                 self.beside.refuse([digest], why)
-        return {digest: adapter for digest, adapter in adapters.items() if adapter.name not in bad}
 
     async def load(self) -> Loaded:
         """Load, again where that may help.
@@ -107,22 +111,22 @@ class Loader:
         return await self._load_again(times, passing)
 
     async def load_more(self, missing: Mapping[str, NamedAdapter]) -> Loaded:
-        """Load with more adapters beside those that are there; these alone stay where it fails.
+        """Load with more adapters beside those that are there, which alone are left where it fails.
 
         Raises:
-            LoadError: If it fails, of whatever kind: it is for those alone who asked for these adapters.
+            LoadError: If it fails, for whatever reason: that is for those alone who asked for these adapters.
+            HostUnavailable: If the host is being stopped.
         """
         before = self.beside.here
         self.beside.add(missing)
         try:
             return await self._load_again(_FIRST_LOADS, HostError)
         except AlpacaError as error:
-            if not isinstance(error, LoadError):
-                names = ", ".join(repr(adapter.source) for adapter in missing.values())
-                error = LoadError(f"an engine has to live through its load, but with {names}: {error}")
-            self.beside.refuse(missing, error)
             self.beside.here = before
-            raise error from None
+            if isinstance(error, LoadError) or self.leaving:
+                raise
+            names = ", ".join(repr(adapter.source) for adapter in missing.values())
+            raise LoadError(f"an engine has to live through its load, but with {names}: {error}") from None
 
     async def _load_again(self, times: int, passing: type[AlpacaError]) -> Loaded:
         """Load, at most so many times, while the error is of a kind that another attempt may not find."""
@@ -147,7 +151,7 @@ class Loader:
             spec = self._with(self.beside.here)
         while True:
             if self.leaving:
-                raise HostUnavailable("the host is being stopped. Run it again.")
+                raise _leaves()
             self.engine = Engine(spec, self._heard, self._log, self._inherited)
             try:
                 loaded = await self.engine.start(self._hang)
@@ -156,6 +160,9 @@ class Loader:
                     raise
             else:
                 break
+        if self.leaving:
+            await self.engine.stop()
+            raise _leaves()
         if not self._is_ours(loaded.info):
             await self.engine.stop()
             if {adapter.digest for adapter in loaded.info.adapters} != set(self.beside.here or self._merged):
@@ -181,6 +188,10 @@ class Loader:
             self._base.digest, info.adapters, info.quantization, info.dtype, self._spec.merge_adapter, info.engine
         )
         return same and told == (info.unshaped_digest or info.digest)
+
+
+def _leaves() -> HostUnavailable:
+    return HostUnavailable("the host is being stopped. Run it again.")
 
 
 def _no_process(error: OSError) -> HostUnavailable:

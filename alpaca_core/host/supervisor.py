@@ -100,11 +100,11 @@ class Engine:
         message = await self._begin("load", hang)
         return Loaded(ModelInfo.model_validate(message["ready"]), TokenizerReply.model_validate(message["tokenizer"]))
 
-    async def check_adapters(self, hang: float) -> dict[str, AlpacaError]:
-        """Start it to see whether the spec's adapters go on its base: without the weights, and not on the device.
+    async def refusals(self, hang: float) -> dict[str, AlpacaError]:
+        """Start it to see which of a spec's adapters do not go on its base: without the weights, and not on the device.
 
         Returns:
-            An error for each that does not, by name.
+            What speaks against each of those, by name.
 
         Raises:
             LoadError, HostUnavailable: As `start`.

@@ -381,11 +381,13 @@ def test_without_labels_the_texts_alone_are_fitted_on(tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "batch" in printed
     assert "12 rows" in printed
+    assert "not kept" in printed
 
 
 @pytest.mark.usefixtures("prefect_api")
 def test_a_calibration_is_saved_and_used_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["calibrate", labelled(tmp_path, *LABELLED), *TOPICS, "--name", "topics-cli"]) == 0
+    assert "not kept" not in capsys.readouterr().out
     assert cli.main(["judge", "Topic? x", *TOPICS, "--calibration", "topics-cli", "--json"]) == 0
     assert objects(capsys.readouterr().out.splitlines()[-1])[0]["calibration"]
     assert cli.main(["judge", "Topic? x", *TOPICS, "--calibration", "none-such"]) == 2

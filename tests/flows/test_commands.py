@@ -169,6 +169,7 @@ def test_a_policy_of_calibrated_categories_is_saved_and_used_by_name(
         (["classify", "a", "--label", "b"], "at least two labels"),
         (["is-outlier", "a"], "--reference"),
         (["is-outlier", "a", "--reference", "b"], "2 to 64 rows"),
+        (["is-outlier", "a", "--reference", "absent.txt"], "no file 'absent.txt'"),
         (["rate", "a"], "--criterion"),
         (["rate", "a", "--criterion", "Good?", "--best", "1"], "a scale runs"),
         (["fit-policy", "ROWS", "--precision", "1"], "--precision: it lies above 0 and below 1"),

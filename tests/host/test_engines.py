@@ -1,7 +1,6 @@
 """A warm model and its engine's process: what is a sign of life, what ends with it, what it is loaded again for."""
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -18,12 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca_core.errors import HostUnavailable, InvalidAdapter, InvalidCheckpoint, NotEnoughMemory
+from alpaca_core.errors import HostUnavailable, InvalidCheckpoint, NotEnoughMemory
 from alpaca_core.host.engine import parts
 from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import stop
-from alpaca_core.host.protocol import ModelReply
 from alpaca_core.host.scheduler import Ticket
 from alpaca_core.host.settings import Settings
 from alpaca_core.host.supervisor import Engine, memory_kills
@@ -277,38 +275,3 @@ def test_adapters_for_which_there_is_no_memory_are_not_tried_again_at_once(
         assert loads.read_text().split() == ["1", "2", "1"]
 
     asyncio.run(drive())
-
-
-@pytest.mark.end_to_end
-@pytest.mark.parametrize("room", [9, pytest.param(1, marks=soaking)])
-def test_adapters_that_are_waited_for_are_loaded_together_and_each_alone_where_that_fails(
-    room: int, base: Path, deadly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four clients bring one each, of which one is bad."""
-    loads, names = tmp_path / "loads", ("poet", "pirate", "clerk")
-    monkeypatch.setenv("TESTS_SHORT", str(loads))
-    monkeypatch.setenv("TESTS_ROOM", str(room))
-    source, bad = base.parent / f"{base.name}-adapters" / "poet", tmp_path / "bad"
-    bad.mkdir()
-    config = json.loads((source / "adapter_config.json").read_text())
-    (bad / "adapter_config.json").write_text(json.dumps(config | {"r": 7}))
-    shutil.copy(source / "adapter_model.safetensors", bad)
-    asked = [*(spec_of(base, name) for name in names), spec_of(base).model_copy(update={"adapter": str(bad)})]
-
-    async def drive() -> None:
-        async with started(spec_of(base), Settings()) as warm:
-            *replies, refused = await asyncio.gather(*map(warm.model, asked), return_exceptions=True)
-            assert isinstance(refused, InvalidAdapter)
-            for name, reply in zip(names, replies, strict=True):
-                if room == 1 and isinstance(reply, NotEnoughMemory):
-                    continue
-                assert isinstance(reply, ModelReply)
-                ((_, found),) = await results(warm.submit("a", "generate", [row_of(reply.adapters[name])]), 1)
-                assert "completion" in found
-            assert sum(isinstance(reply, ModelReply) for reply in replies) == min(room, len(names))
-
-    asyncio.run(drive())
-    print("adapters at each load:", loads.read_text().split())
-    if room > len(names):
-        assert loads.read_text().split().count("3") == 1
-        assert len(set(loads.read_text().split())) <= 3
