@@ -218,12 +218,18 @@ def speed(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 def processes() -> dict[str, list[int]]:
     """The hosts, engines and runs of this measurement: how many, MiB of all, and of the largest."""
     found: dict[str, list[int]] = {name: [] for name in KINDS.values()}
+    for name, process in ours():
+        with suppress(psutil.Error):
+            found[name].append(process.memory_info().rss >> 20)
+    return {name: [len(sizes), sum(sizes), max(sizes, default=0)] for name, sizes in found.items()}
+
+
+def ours() -> Iterator[tuple[str, psutil.Process]]:
+    """Each of them, and which it is."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, StopIteration):
             if process.environ().get("ALPACA_RUNTIME") == os.environ["ALPACA_RUNTIME"]:
-                name = next(KINDS[word] for word in process.cmdline() if word in KINDS)
-                found[name].append(process.memory_info().rss >> 20)
-    return {name: [len(sizes), sum(sizes), max(sizes, default=0)] for name, sizes in found.items()}
+                yield next(KINDS[word] for word in process.cmdline() if word in KINDS), process
 
 
 @contextmanager
@@ -335,6 +341,9 @@ def prefect_for(place: Path, runs: int) -> Iterator[SyncPrefectClient]:
             try:
                 yield client
             finally:
+                for _, process in list(ours()):  # runs that are under way, where this one fails, start hosts again
+                    with suppress(psutil.Error):
+                        process.kill()
                 for path, _ in list(hosts()):
                     stop(path)
 
