@@ -33,6 +33,8 @@ class Engine:
     fails: Callable[[str], AlpacaError | None]
     bad: str
     seconds: float
+    all_here: asyncio.Event
+    """Set when all of the clients that a test lets ask at once have asked; the first check takes until then."""
     pid = None
 
     def __init__(self, spec: ModelSpec, *_: object) -> None:
@@ -55,6 +57,7 @@ class Engine:
 
     async def refusals(self, _: float) -> dict[str, AlpacaError]:
         Engine.checks.append(self._names)
+        await Engine.all_here.wait()
         await asyncio.sleep(Engine.seconds)
         named = {Path(adapter.source).name[0]: adapter.name for adapter in self._spec.adapters}
         return {named[letter]: InvalidAdapter("it is bad") for letter in Engine.bad if letter in named}
@@ -71,7 +74,7 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alpaca_core.host.loader.Engine", Engine)
     monkeypatch.setattr("alpaca_core.host.loader._FIRST_LOADS", 1)
-    Engine.loads, Engine.checks, Engine.bad, Engine.seconds = [], [], "", 0.4
+    Engine.loads, Engine.checks, Engine.bad, Engine.seconds = [], [], "", 0.1
     Engine.fails = staticmethod(lambda names: None)
 
 
@@ -112,10 +115,12 @@ async def when(condition: Callable[[], Any]) -> None:
 async def asked(warm: WarmModel, *specs: ModelSpec) -> list[Any]:
     """Ask for models at once, in that order, and wait for what comes of each."""
     calls: list[asyncio.Task[Any]] = []
+    Engine.all_here = asyncio.Event()
     for spec in specs:
         before = len(warm._asked)
         calls.append(asyncio.create_task(warm.model(spec)))
         await when(lambda before=before: len(warm._asked) > before or calls[-1].done())
+    Engine.all_here.set()
     return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30.0)
 
 
