@@ -39,6 +39,7 @@ def progress_bar(verb: str, rows: int) -> Iterator[Progress]:
 
     def tick() -> None:
         while not over.wait(TICK):
+            bar.delay = 0.0  # from now on there is something to wipe, which tqdm tells by its own updates alone
             bar.refresh()
 
     width, height = Console(stderr=True).size  # tqdm draws nothing in a terminal that does not tell its size

@@ -19,6 +19,7 @@ from prefect.runtime import task_run
 
 from alpaca_core import progress as core
 from prefect_alpaca.tasks import progress as room
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -52,6 +53,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
             return (screen.read(1_000_000) or b"").decode()
 
         yield read
+
+
+def shown(terminal: Callable[[], str], text: str, times: int = 1) -> str:
+    """Wait until a terminal has shown a text so many times; all that it has shown until then."""
+    parts: list[str] = []
+
+    def there() -> bool:
+        parts.append(terminal())
+        return "".join(parts).count(text) >= times
+
+    until(there)
+    return "".join(parts)
 
 
 def all_of(terminal: Callable[[], str]) -> str:
@@ -122,26 +135,19 @@ def test_a_batch_without_rows_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("draw", [room.progress_bar, core.progress_bar], ids=["task", "core"])
 def test_a_terminal_shows_a_bar_that_moves_and_is_wiped(terminal: Callable[[], str], draw: Any) -> None:
     with draw("judge", 3) as advance:
-        time.sleep(0.1)
-        waiting = terminal()
+        waiting = shown(terminal, "judge:   0% |", times=2)  # its clock ticks though no row has finished
         advance(1 / 3)
         advance(7 / 6)
-        time.sleep(0.1)
-        half = terminal()
-    assert waiting.count("judge:   0% |") > 1, "its clock ticks though no row has finished"
+        half = shown(terminal, "judge:  50% |")
     assert "of 3 rows [00:00<" in waiting
-    assert "judge:  50% |" in half
     assert "1.5" not in half
     assert all_of(terminal).endswith(" \r")
 
 
 def test_threads_each_have_their_bar_and_leave_none(terminal: Callable[[], str]) -> None:
     with room.progress_bar("judge", 3), room.progress_bar("verify", 0):
-        time.sleep(0.1)
-    drawn = all_of(terminal)
-    assert "judge:" in drawn
-    assert "verify:" in drawn
-    time.sleep(0.05)
+        shown(terminal, "verify:", times=2)
+    all_of(terminal)
     assert terminal() == ""
 
 
