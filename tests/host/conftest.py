@@ -9,8 +9,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from alpaca_core.engines.transformers import TransformersModel
 from alpaca_core.host import engine
 from alpaca_core.host.application import application
 from alpaca_core.host.client import HostModel
+from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.neighbours import connection, status_of
 from alpaca_core.host.protocol import ModelReply, Status, TokenizerReply
 from alpaca_core.host.scheduler import Scheduler, Ticket
+from alpaca_core.host.settings import Settings
 from alpaca_core.model import DEFAULT_ADAPTER
 from alpaca_core.spec import ModelSpec
 from tests.engines.conftest import (  # noqa: F401
@@ -260,6 +262,18 @@ def spec_of(base: Path, *adapters: str, **changes: Any) -> ModelSpec:
     own = str(folders["default"]) if "default" in adapters else None
     told = {"base_model": str(base), "device": "cpu", "batch_size": 8, "adapter": own, "adapters": named}
     return ModelSpec.model_validate(told | changes)
+
+
+@asynccontextmanager
+async def started(spec: ModelSpec, settings: Settings) -> AsyncIterator[WarmModel]:
+    """A warm model in this process, whose engine is one of its own."""
+    warm = WarmModel(spec, settings)
+    warm.start()
+    try:
+        await warm.tokenizer()
+        yield warm
+    finally:
+        await warm.stop()
 
 
 @contextmanager

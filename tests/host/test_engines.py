@@ -5,9 +5,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 
 from alpaca_core.errors import HostUnavailable, InvalidCheckpoint, NotEnoughMemory
 from alpaca_core.host.engine import parts
-from alpaca_core.host.keeping import WarmModel
 from alpaca_core.host.launcher import at_host
 from alpaca_core.host.neighbours import stop
 from alpaca_core.host.scheduler import Ticket
@@ -38,6 +36,7 @@ from tests.host.conftest import (
     processes,
     soaking,
     spec_of,
+    started,
 )
 from tests.waiting import until
 
@@ -45,18 +44,6 @@ from tests.waiting import until
 @pytest.fixture(scope="module")
 def spec(base: Path) -> ModelSpec:
     return spec_of(base, *ADAPTERS)
-
-
-@asynccontextmanager
-async def started(spec: ModelSpec, settings: Settings) -> AsyncIterator[WarmModel]:
-    """A warm model in this process, whose engine is one of its own."""
-    warm = WarmModel(spec, settings)
-    warm.start()
-    try:
-        await warm.tokenizer()
-        yield warm
-    finally:
-        await warm.stop()
 
 
 async def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:

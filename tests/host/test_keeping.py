@@ -3,8 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from alpaca_core.host.supervisor import Loaded
 from alpaca_core.identity import identity
 from alpaca_core.model import ModelInfo
 from alpaca_core.spec import ModelSpec
-from tests.host.conftest import ADAPTERS, spec_of
+from tests.host.conftest import ADAPTERS, spec_of, started
 
 
 class Engine:
@@ -95,17 +94,6 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     return make
 
 
-@asynccontextmanager
-async def warm_model(spec: ModelSpec) -> AsyncIterator[WarmModel]:
-    warm = WarmModel(spec, Settings())
-    warm.start()
-    try:
-        await warm.tokenizer()
-        yield warm
-    finally:
-        await warm.stop()
-
-
 async def when(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(30.0):
         while not condition():
@@ -126,7 +114,7 @@ async def asked(warm: WarmModel, *specs: ModelSpec) -> list[Any]:
 
 def test_adapters_that_are_waited_for_are_checked_and_loaded_together(adapted: Callable[..., ModelSpec]) -> None:
     async def drive() -> None:
-        async with warm_model(adapted("")) as warm:
+        async with started(adapted(""), Settings()) as warm:
             replies = await asked(warm, *map(adapted, "abcd"))
             assert all(isinstance(reply, ModelReply) for reply in replies)
             assert len({name for reply in replies for name in reply.adapters.values()}) == 4
@@ -145,7 +133,7 @@ def test_a_bad_adapter_is_its_own_clients_alone_and_so_is_what_else_that_one_wan
     Engine.bad = "c"
 
     async def drive() -> None:
-        async with warm_model(adapted("")) as warm:
+        async with started(adapted(""), Settings()) as warm:
             first, refused, other = await asked(warm, *map(adapted, ("a", "cd", "b")))
             assert isinstance(refused, InvalidAdapter)
             assert isinstance(first, ModelReply)
@@ -168,7 +156,7 @@ def test_nobody_is_refused_for_what_another_has_brought(
     Engine.fails = staticmethod(lambda names: kind("it is c's") if "c" in names else None)
 
     async def drive() -> None:
-        async with warm_model(adapted("")) as warm:
+        async with started(adapted(""), Settings()) as warm:
             first, second, refused, other = await asked(warm, *map(adapted, "abcd"))
             assert isinstance(refused, LoadError)
             assert [type(reply) for reply in (first, second, other)] == [ModelReply] * 3
@@ -187,7 +175,7 @@ def test_clients_that_wait_for_adapters_hear_that_the_host_is_stopped(
     adapted: Callable[..., ModelSpec], place: str
 ) -> None:
     async def drive() -> None:
-        async with warm_model(adapted("")) as warm:
+        async with started(adapted(""), Settings()) as warm:
             calls = asyncio.create_task(asked(warm, *map(adapted, "ab")))
             await when(
                 lambda: len(warm._asked) == 2 and (Engine.checks if place == "check" else len(Engine.loads) == 2)
