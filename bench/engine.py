@@ -22,6 +22,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,10 @@ class Run:
         limit: float,
         ways: dict[str, Way],
         share: float,
+        prompts: tuple[int, ...],
         release: Callable[[], object] | None = None,
     ) -> None:
-        """Measure one case of a section in its share of the section's seconds.
+        """Measure one case of a section in its share of the section's seconds; `prompts` says which are drawn before.
 
         Continuous batching takes most of the memory that is left, so it comes last and with nothing beside it; so
         does what had no memory beside the others. Where `release` is given, ours comes first and gives its cache
@@ -221,8 +223,12 @@ class Run:
         ways = {way: ways[way] for way in ways if way.startswith(OURS) or any(part in way for part in chosen)}
 
         def measure(some: dict[str, Way], seconds: float) -> dict[str, dict[str, Any]]:
-            return in_turn(some, self.options.repeat, seconds, lambda way, entry: put(*path, "ways", way, entry))
+            return in_turn(
+                some, self.options.repeat, seconds, lambda way, entry: put(*path, "ways", way, entry), prepare
+            )
 
+        assert self._loaded is not None
+        prepare = partial(self._loaded.words.prepare, *prompts)
         put, seconds = self.figures.put, self.options.seconds * share
         apart = {way: ways[way] for way in ways if way == CONTINUOUS}
         if release is not None:
@@ -254,7 +260,8 @@ class Run:
             name = f"{rows} at once"
             limit = self.limit().generate(rows, options.prompt, options.tokens)
             on_gpu = self.device.type == "cuda"  # where memory is short, and ours takes what it can
-            self.case("generate", name, limit, ways, 1 / len(options.rows), others.release if on_gpu else None)
+            drawn = rows, options.prompt
+            self.case("generate", name, limit, ways, 1 / len(options.rows), drawn, others.release if on_gpu else None)
             others.release()
             told = self._of_vllm(f"generate {rows}", rows * options.tokens)
             self.figures.put("sections", "generate", "cases", name, "ways", "vLLM", told)
@@ -271,7 +278,8 @@ class Run:
             ways |= others.ways_to_judge(options.judged, options.prompt, shared, max(2, options.few // 8))
             name = f"{shared} of {options.prompt} tokens shared"
             limit = self.limit().judge(options.judged, options.prompt, shared)
-            self.case("judge", name, limit, ways, 1 / len(self.shared))
+            drawn = options.judged, options.prompt, shared
+            self.case("judge", name, limit, ways, 1 / len(self.shared), drawn)
             told = self._of_vllm(f"judge {shared}", options.judged)
             self.figures.put("sections", "judge", "cases", name, "ways", "vLLM", told)
 

@@ -44,7 +44,7 @@ def settings(run: Any) -> None:
         }
         limit = run.limit().generate(most, options.prompt, options.tokens) / beams
         release = others.release if run.device.type == "cuda" else None
-        run.case("settings", f"{sizes[0]} at once, {name}", limit, ways, 1 / len(SETTINGS), release)
+        run.case("settings", f"{sizes[0]} at once, {name}", limit, ways, 1 / len(SETTINGS), sizes[:2], release)
 
 
 def int8(run: Any) -> None:
@@ -62,13 +62,15 @@ def int8(run: Any) -> None:
         ways |= {name: theirs[name] for name in ("transformers", "the notebook's loop")}
         limit = run.limit(int8=True).generate(rows, options.prompt, options.tokens)
         release = others.release if run.device.type == "cuda" else None
-        run.case("int8", f"tok/s, {rows} at once", limit, ways, 1 / (1 + len(options.rows)), release)
+        drawn = rows, options.prompt
+        run.case("int8", f"tok/s, {rows} at once", limit, ways, 1 / (1 + len(options.rows)), drawn, release)
     loaded.model(max(options.rows))
     theirs = others.ways_to_judge(options.judged, options.prompt, 0, max(2, options.few // 8))
     ways = {"ours": lambda: loaded.judge(options.judged, options.prompt, 0)}
     ways |= {name: theirs[name] for name in ("transformers", "the notebook's loop")}
     limit = run.limit(int8=True).judge(options.judged, options.prompt, 0)
-    run.case("int8", "items/s, nothing shared", limit, ways, 1 / (1 + len(options.rows)))
+    drawn = options.judged, options.prompt
+    run.case("int8", "items/s, nothing shared", limit, ways, 1 / (1 + len(options.rows)), drawn)
 
 
 def as_the_notebook(run: Any) -> Any:

@@ -79,7 +79,11 @@ def why(error: BaseException) -> str:
 
 
 def in_turn(
-    ways: dict[str, Way], repeat: int, seconds: float, put: Callable[[str, dict[str, Any]], None]
+    ways: dict[str, Way],
+    repeat: int,
+    seconds: float,
+    put: Callable[[str, dict[str, Any]], None],
+    prepare: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Time ways one after the other, several times over; the best of each counts.
 
@@ -90,6 +94,7 @@ def in_turn(
         seconds: Of all others together, from when on nothing is begun; a call is ended where it takes more than three
             fifths of what is left.
         put: Called with a name and its entry after each measurement.
+        prepare: Called before each measurement, as long as it may take.
 
     Returns:
         For each way `per_s`, and `units` and `seconds` of its best call; or why there is no figure: ``failed``
@@ -104,6 +109,7 @@ def in_turn(
             left = end - time.perf_counter()
             if "failed" in entry or "left_out" in entry or (left <= 0 and place > (name == OURS)):
                 continue
+            prepare()
             if name == OURS:
                 start = time.perf_counter()
                 _measure(way, entry, place, 1e6)

@@ -35,9 +35,16 @@ class Words:
         words = [token for token in plain if re.fullmatch("[Ġ▁][A-Za-z]{2,}", tokenizer.piece(token))]
         self.words = words if len(words) >= 1000 else plain
         self._table = numpy.array(self.words)
+        self._drawn: dict[tuple[int, int, int], list[tuple[int, ...]]] = {}
+
+    def prepare(self, count: int, length: int, shared: int = 0) -> None:
+        """Draw what the next such `draw` gives out, before a clock is started."""
+        self._drawn = {(count, length, shared): self.draw(count, length, shared)}
 
     def draw(self, count: int, length: int, shared: int = 0) -> list[tuple[int, ...]]:
         """Draw prompts of `length` tokens that begin with the same `shared` ones."""
+        if (count, length, shared) in self._drawn:
+            return self._drawn.pop((count, length, shared))
         dice = numpy.random.default_rng(next(_SEEDS))  # of the standard library's it would take as long as judging
         head, rest = (
             self._table[dice.integers(len(self._table), size=size)].tolist()

@@ -157,12 +157,12 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     head, tile = tl.program_id(0), tl.program_id(1)  # heads of a token lie beside one another
     kv = head // (HEADS // KV)
     width: tl.constexpr = (HEADS + 2 * KV) * D
-    start, count = tl.load(start_ptr + tile).to(tl.int64), tl.load(count_ptr + tile)
+    start, count = tl.load(start_ptr + tile), tl.load(count_ptr + tile)
     context, begin = tl.load(context_ptr + tile), tl.load(lane_ptr + tile)
     lane, at = tl.arange(0, LANES), tl.arange(0, D)
     real = (lane >= begin) & (lane < begin + count)
     token = start + lane - begin
-    pages = table_ptr + tile.to(tl.int64) * table_step
+    pages = table_ptr + tile * table_step
     place, kept = tl.load(place_ptr + token, real, 0), tl.load(place_ptr + start) >= PAGE
     rows = qkv_ptr + token[:, None] * width
     q = tl.load(rows + head * D + at[None], real[:, None], 0.0)
@@ -172,7 +172,7 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     whole = context // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         slot = first + tl.arange(0, BLOCK)
-        page = tl.load(pages + slot // PAGE).to(tl.int64)
+        page = tl.load(pages + slot // PAGE)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None])
         v = tl.load(values_ptr + near[:, None] + at[None])
@@ -180,7 +180,7 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
     for first in range(whole, context, LANES):  # what is left, half a block at a time
         slot = first + lane
         seen = slot < context
-        page = tl.load(pages + slot // PAGE, seen, 0).to(tl.int64)
+        page = tl.load(pages + slot // PAGE, seen, 0)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None], seen[None], 0.0)
         v = tl.load(values_ptr + near[:, None] + at[None], seen[:, None], 0.0)
@@ -188,14 +188,14 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
         most, total, acc = _weigh(score, v, most, total, acc)
     if begin == 0:
         if kept:
-            near = (place // PAGE).to(tl.int64) * page_step + (place % PAGE) * token_step + kv * head_step
+            near = (place // PAGE) * page_step + (place % PAGE) * token_step + kv * head_step
             k = tl.load(keys_ptr + near[None] + at[:, None], real[None], 0.0)
         else:
             k = tl.load(qkv_ptr + token[None] * width + (HEADS + kv) * D + at[:, None], real[None], 0.0)
         v = tl.load(rows + (HEADS + KV + kv) * D + at[None], real[:, None], 0.0)
     else:  # somebody else has computed the first half
         slot, there = context + lane, lane < begin + count
-        page = tl.load(pages + slot // PAGE, there, 0).to(tl.int64)
+        page = tl.load(pages + slot // PAGE, there, 0)
         near = page * page_step + (slot % PAGE) * token_step + kv * head_step
         k = tl.load(keys_ptr + near[None] + at[:, None], there[None], 0.0)
         v = tl.load(values_ptr + near[:, None] + at[None], there[:, None], 0.0)

@@ -139,6 +139,11 @@ class Llama:
         numbers: int = 2 * len(self.layers) * PAGE * self.kv_heads * self.width
         return numbers * int(self.dtype.itemsize)
 
+    @property
+    def most_pages(self) -> int:
+        """Pages whose numbers of one layer the kernels can count in 32 bits."""
+        return (2**31 - 1) // (PAGE * self.kv_heads * self.width)
+
     def new_cache(self, pages: int) -> Tensor:
         """Make a cache, ``(layers, keys and values, pages, 16, key heads, width)``."""
         shape = (len(self.layers), 2, pages, PAGE, self.kv_heads, self.width)

@@ -132,8 +132,8 @@ class Memory:
             return None
 
     def _most(self) -> int:
-        """Pages that fit into the share."""
+        """Pages that fit into the share, and that kernels can count."""
         if self._limit is None:
             left = room(self._llama.device, self._share) + self.pages.count * self._llama.page_bytes
-            self._limit = max(1, int(_SHARE * left / self._llama.page_bytes))
+            self._limit = max(1, min(int(_SHARE * left / self._llama.page_bytes), self._llama.most_pages))
         return self._limit
