@@ -32,6 +32,8 @@ class _Dense:
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         if self.reads_one(x):
             return self.one_row(x, add_to=add_to)
+        if add_to is None and self.reads_many(x):
+            return self.many_rows(x)
         if add_to is None:
             return linear(x, self._weight, self._bias)
         add_to.addmm_(x, self._weight.t())
@@ -46,6 +48,20 @@ class _Dense:
         from alpaca_core.engines.matrix_kernels import one_row
 
         return one_row(x, self._weight, **told)
+
+    def reads_many(self, x: Tensor) -> bool:
+        """Whether `many_rows` is for this input."""
+        if x.device.type != "cuda" or self._bias is not None:
+            return False
+        from alpaca_core.engines.matrix_kernels import takes_many
+
+        return takes_many(x, self._weight)
+
+    def many_rows(self, x: Tensor, *, gated: bool = False) -> Tensor:
+        """Call `matrix_kernels.many_rows`, as it is told."""
+        from alpaca_core.engines.matrix_kernels import many_rows
+
+        return many_rows(x, self._weight, gated=gated)
 
 
 class _Packed:
@@ -246,19 +262,29 @@ class Projection:
             adapters: Number of each row's adapter, -1 for none.
             add_to: What the result is added to; it may be written.
         """
-        if add_to is None and (alone := self.alone(x)) is not None:
-            return alone
+        if add_to is None and self._alone(x):
+            return self._one_row(x)
         x = self._norm(x) if self._norm else x
         y = self._weights(x, add_to)
         return y if self._lora is None or adapters is None else self._lora.add(y, x, adapters)
 
-    def alone(self, x: Tensor, *, gated: bool = False) -> Tensor | None:
-        """Project one row in one kernel with what comes before, and with SiLU of the first half times the second.
+    def gated(self, x: Tensor) -> Tensor | None:
+        """SiLU of the first half times the second as part of the product; None where no kernel does that.
 
-        None where that is not so: for more rows, adapters, quantized weights, and on a CPU.
+        Some do for one row, with the norm, and for many on some GPUs, of plain weights without adapters.
         """
-        if self._lora is not None or not isinstance(self._weights, _Dense) or not self._weights.reads_one(x):
-            return None
+        if self._alone(x):
+            return self._one_row(x, gated=True)
+        if self._lora is None and isinstance(self._weights, _Dense) and self._weights.reads_many(x):
+            return self._weights.many_rows(self._norm(x) if self._norm else x, gated=True)
+        return None
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether one kernel projects this one row, with what comes before."""
+        return self._lora is None and isinstance(self._weights, _Dense) and self._weights.reads_one(x)
+
+    def _one_row(self, x: Tensor, *, gated: bool = False) -> Tensor:
+        assert isinstance(self._weights, _Dense)
         told = {"norm": self._norm.weight, "eps": self._norm.eps} if self._norm else {}
         return self._weights.one_row(x, gated=gated, **told)
 
@@ -298,8 +324,8 @@ class Gate:
         """From ``(N, in)`` to ``(N, out)``; `adapters` has the number of each row's, -1 for none."""
         if self._fused:
             return self._fused(self._norm(x))
-        alone = self._both.alone(x, gated=True)
-        return self._silu_mul(self._both(x, adapters)) if alone is None else alone
+        gated = self._both.gated(x)
+        return self._silu_mul(self._both(x, adapters)) if gated is None else gated
 
 
 def is_steady(run: Callable[..., Tensor], rows: Sequence[Tensor], counts: Sequence[int]) -> bool:

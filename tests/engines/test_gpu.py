@@ -119,6 +119,31 @@ def test_one_row_is_norm_product_and_gate_in_one(inner: int, size: int, dtype: t
         assert error < {torch.float32: 1e-5}.get(dtype, 5e-3), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "inner", "size"), [(2_100, 200, 24_576), (4_096, 4_096, 22_016), (8_192, 576, 3_088)])
+def test_many_rows_are_a_product_and_a_gate_in_one(rows: int, inner: int, size: int, dtype: torch.dtype) -> None:
+    from alpaca_core.engines.kernels import silu_mul
+    from alpaca_core.engines.matrix_kernels import many_rows, takes_many
+
+    draw = torch.Generator("cuda").manual_seed(inner)
+    x = torch.randn(rows, inner, device="cuda", generator=draw).to(dtype)
+    weight = torch.randn(size, inner, device="cuda", generator=draw).to(dtype) / inner**0.5
+    if torch.cuda.get_device_capability()[0] != 9:
+        assert not takes_many(x, weight)
+        pytest.skip("not Hopper")
+    assert takes_many(x, weight)
+    found = many_rows(x, weight)
+    expected = x.double() @ weight.double().t()
+    assert (found.double() - expected).norm() / expected.norm() < 5e-3
+    assert torch.equal(many_rows(x, weight, gated=True), silu_mul(found))
+    for first, last in ((0, 256), (128, 640), (1, 2_049)):
+        assert torch.equal(many_rows(x[first:last].contiguous(), weight), found[first:last])
+        assert torch.equal(many_rows(x[first:last].contiguous(), weight, gated=True), silu_mul(found[first:last]))
+    assert not takes_many(x[1:, : inner // 2], weight[:, : inner // 2])
+    assert not takes_many(x[:1_000], weight)
+    assert not takes_many(x.float(), weight.float())
+
+
 @pytest.mark.parametrize("ranks", [1, 8, 40, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_ranks_of_adapters_are_those_of_a_product(ranks: int, dtype: torch.dtype) -> None:
