@@ -106,10 +106,12 @@ def in_turn(
     for place in range(repeat + 1):
         for name, way in ways.items():
             entry = found.setdefault(name, {})
+            begin = time.perf_counter()
+            prepare()
+            end += time.perf_counter() - begin
             left = end - time.perf_counter()
             if "failed" in entry or "left_out" in entry or (left <= 0 and place > (name == OURS)):
                 continue
-            prepare()
             if name == OURS:
                 start = time.perf_counter()
                 _measure(way, entry, place, 1e6)

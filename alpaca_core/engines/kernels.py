@@ -153,6 +153,7 @@ def _read_tiles(qkv_ptr, out_ptr, keys_ptr, values_ptr, page_step, token_step, h
                 count_ptr, lane_ptr, context_ptr, sees_ptr, table_ptr, table_step, scale, HEADS: tl.constexpr,
                 KV: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 EARLY: tl.constexpr):  # fmt: skip
+    """One program a head and tile; offsets have 32 bits, which `Llama.most_pages` sees to."""
     _await(EARLY)
     head, tile = tl.program_id(0), tl.program_id(1)  # heads of a token lie beside one another
     kv = head // (HEADS // KV)

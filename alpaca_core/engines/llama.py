@@ -74,9 +74,13 @@ class Llama:
 
     Args:
         network: One that `runs` accepts. Its layers keep their weights, or views of fused ones, so it still works.
+
+    Attributes:
+        large: Whether products of many rows may be our own.
     """
 
     def __init__(self, network: CausalLM) -> None:
+        self.large = True
         base: Any = bare(network)
         names = names_of(network)
         config = base.config
@@ -132,6 +136,13 @@ class Llama:
         layers, head = (self.step_layers, self.step_head) if steps else (self.layers, self.head)
         unlike = {layer.ranks: layer for layer in layers}
         return all(map(steady, unlike.values())) and (self.device.type != "cpu" or tried(head, x[:256]))
+
+    def leave_large(self) -> None:
+        """Leave products of many rows to cuBLAS, where ours fail, or give a row other bits than cuBLAS does."""
+        self.large = False
+        for layer in self.layers:
+            layer.qkv.leave_large()
+            layer.gate.leave_large()
 
     @property
     def page_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """`LanguageModel` on our own forward pass: a row's result is the same in any company, bit for bit."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ _GPU_TOKENS = 4096
 _GPU_GRAIN = 256
 """Passes are filled up to a multiple of this: on an H100, cuBLAS sums in the same order for all of them."""
 _CPU_TOKENS = 1024
+_log = logging.getLogger(__name__)
 
 
 class NativeModel(Engine):
@@ -183,18 +185,25 @@ def tried(llama: Llama, shape: Shape) -> tuple[Shape, bool]:
     """Try what a shape takes for granted: that a row's bits do not depend on the number of rows beside it.
 
     Returns:
-        The shape, on a GPU with passes of any multiple of 256 tokens where these give the same bits as full ones, on a
-        CPU with decode steps of any number of rows if so; and whether a row's bits are the same in any company.
+        The shape, on a GPU with passes of any multiple of 256 tokens where these give the same bits as full ones, if
+        need be without large products of our own, on a CPU with decode steps of any number of rows if so; and whether
+        a row's bits are the same in any company.
     """
     if not shape.fixed:
         counts = [shape.grain * each for each in (1, 2, 3, 4, 8, 16)]
         steady = all(llama.steady(counts, shape.tokens, steps=steps) for steps in {False, llama.narrow})
         single = steady and llama.narrow and llama.steady([*range(1, 16), 17, 31], 32, steps=True)
         return replace(shape, steps=1) if single else shape, steady
-    try:
-        if llama.steady(range(_GPU_GRAIN, shape.tokens, _GPU_GRAIN), shape.tokens):
-            return replace(shape, grain=min(_GPU_GRAIN, shape.tokens)), True
-    except Exception as error:
-        if not ran_out(error):  # passes of this size will, too, and take a smaller shape
-            raise
+    for large in (True, False):
+        if not large:
+            llama.leave_large()
+        try:
+            if llama.steady(range(_GPU_GRAIN, shape.tokens, _GPU_GRAIN), shape.tokens):
+                return replace(shape, grain=min(_GPU_GRAIN, shape.tokens)), True
+        except Exception as error:
+            if ran_out(error):  # passes of this size will, too, and take a smaller shape
+                break
+            if not large:
+                raise
+            _log.warning("Large products are left to cuBLAS, which is slower: Triton failed with %r", error)
     return shape, True

@@ -24,10 +24,11 @@ class _Weights(Protocol):
 
 
 class _Dense:
-    """A matrix as it is, ``(out, in)``, and perhaps a bias."""
+    """A matrix as it is, ``(out, in)``, and perhaps a bias; `large` says whether `many_rows` may be used."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._weight, self._bias = weight, bias
+        self.large = True
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         if self.reads_one(x):
@@ -51,7 +52,7 @@ class _Dense:
 
     def reads_many(self, x: Tensor) -> bool:
         """Whether `many_rows` is for this input."""
-        if x.device.type != "cuda" or self._bias is not None:
+        if not self.large or x.device.type != "cuda" or self._bias is not None:
             return False
         from alpaca_core.engines.matrix_kernels import takes_many
 
@@ -279,6 +280,11 @@ class Projection:
             return self._weights.many_rows(self._norm(x) if self._norm else x, gated=True)
         return None
 
+    def leave_large(self) -> None:
+        """Leave products of many rows to the library."""
+        if isinstance(self._weights, _Dense):
+            self._weights.large = False
+
     def _alone(self, x: Tensor) -> bool:
         """Whether one kernel projects this one row, with what comes before."""
         return self._lora is None and isinstance(self._weights, _Dense) and self._weights.reads_one(x)
@@ -326,6 +332,11 @@ class Gate:
             return self._fused(self._norm(x))
         gated = self._both.gated(x)
         return self._silu_mul(self._both(x, adapters)) if gated is None else gated
+
+    def leave_large(self) -> None:
+        """Leave products of many rows to the library."""
+        if not self._fused:
+            self._both.leave_large()
 
 
 def is_steady(run: Callable[..., Tensor], rows: Sequence[Tensor], counts: Sequence[int]) -> bool:

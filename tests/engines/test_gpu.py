@@ -55,6 +55,7 @@ def test_a_row_has_the_same_bits_in_another_order_and_alone(make: Make) -> None:
         assert results(model, [prompts[place]]) == [expected[place]]
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("adapters", [(), ("default",), ("default", "other", "third")])
 def test_passes_that_are_not_full_give_the_same_bits(
     make_network: Callable[..., Any],
@@ -62,7 +63,21 @@ def test_passes_that_are_not_full_give_the_same_bits(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     adapters: tuple[str, ...],
+    large: bool,
 ) -> None:
+    from alpaca_core.engines import matrix_kernels
+
+    ran: list[torch.Size] = []
+
+    def many_rows(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
+        ran.append(x.shape)
+        return product(x, weight, gated=gated)
+
+    product = matrix_kernels.many_rows
+    monkeypatch.setattr(matrix_kernels, "many_rows", many_rows)
+    if large:  # as if this network's matrices were those of a large one
+        monkeypatch.setattr(matrix_kernels, "_LEAST_MANY", (1024, 1))
+
     def make() -> NativeModel:
         network = make_network(hidden_size=256, intermediate_size=512, max_position_embeddings=1024)
         network = add_adapters(network, adapters) if adapters else network
@@ -76,7 +91,13 @@ def test_passes_that_are_not_full_give_the_same_bits(
         model._memory.pages.forget()
         assert results(model, [prompts[place]], chosen) == [expected[place]]
     monkeypatch.setattr(native, "_GPU_GRAIN", 4096)
-    assert results(make(), prompts, chosen) == expected
+    full = make()
+    assert model._llama is not None
+    assert full._llama is not None
+    if not model._llama.large:  # found to give other bits
+        full._llama.leave_large()
+    assert results(full, prompts, chosen) == expected
+    assert bool(ran) == (large and torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.parametrize("vocab", [258, 32_000, 32_001, 32_003])

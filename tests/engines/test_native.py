@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from alpaca_core.engines import llama, native
 from alpaca_core.engines.llama import Llama, runs
-from alpaca_core.engines.native import NativeModel
+from alpaca_core.engines.native import NativeModel, tried
 from alpaca_core.engines.packing import PAGE
 from alpaca_core.engines.shapes import Shape
 from alpaca_core.model import GenerateRow, RowError, ScoreRow, Trie
@@ -254,6 +255,44 @@ def test_rows_wait_for_pages_where_memory_is_short_and_one_that_never_fits_says_
     large = results(model, [*prompts[:3], (1,) * 700, *prompts[3:]])
     assert [each.code for each in large.pop(3)] == ["not_enough_memory"] * 2
     assert large == expected
+
+
+def test_a_cache_has_no_more_pages_than_kernels_can_count(
+    make_native: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = texts(20)
+    model = make_native()
+    expected = results(model, prompts)
+    held = model._memory.pages.count
+    most = 1 + max(len(prompt) + 12 for prompt in prompts) // PAGE + 3
+    assert most < held
+    monkeypatch.setattr(Llama, "most_pages", most)
+    model._memory.forget()
+    assert results(model, prompts) == expected
+    assert 1 < model._memory.pages.count == model._memory.cache.shape[2] <= most
+    assert {each.code for each in results(model, [(1,) * 700])[0]} == {"not_enough_memory"}
+
+
+@pytest.mark.parametrize("fault", ["other bits", "an error"])
+def test_large_products_with_a_fault_are_left_to_the_library(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Trying:
+        large = True
+
+        def leave_large(self) -> None:
+            self.large = False
+
+        def steady(self, counts: range, most: int) -> bool:
+            assert most == 4096
+            assert list(counts) == list(range(256, 4096, 256))
+            if self.large and fault == "an error":
+                raise RuntimeError("no such instruction")
+            return not self.large
+
+    trying = Trying()
+    shape = Shape(slots=64, tokens=4096, fixed=True, grain=4096)
+    assert tried(trying, shape) == (replace(shape, grain=256), True)  # type: ignore[arg-type]
+    assert not trying.large
+    assert ("no such instruction" in caplog.text) == (fault == "an error")
 
 
 def test_threads_share_steps_and_a_cancelled_caller_takes_only_its_own_rows(
