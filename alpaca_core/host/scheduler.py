@@ -47,17 +47,19 @@ class _Row:
     ticket: Ticket
     index: int
     kind: Kind
+    line: "_Line"
     row: Json
+    lanes: int = 1
     deaths: float = 0.0
     alone: float = 0.0  # those of its deaths at which no other row was there
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Line:
-    """Rows of one kind that wait: clients in turn, and each client's rows in the order they came."""
+    """Rows that wait for the same slots: clients in turn, and each client's rows in the order they came."""
 
     clients: dict[str, deque[_Row]] = field(default_factory=dict)  # the next one's turn first
-    running: int = 0
+    running: int = 0  # lanes that the engine has; a row has one, or one for each beam
     window: int = 0
 
     def add(self, row: _Row) -> None:
@@ -102,6 +104,7 @@ class Scheduler:
     def __init__(self, send: Callable[[Json], None], limit: int) -> None:
         self._send, self.limit = send, limit
         self._lines: dict[Kind, _Line] = {kind: _Line() for kind in KINDS}
+        self._beams = _Line()  # these have slots of their own: in one line with others each would wait for the other
         self._again: deque[_Row] = deque()  # were there when the engine died
         self._running: dict[int, _Row] = {}
         self._next_key = 0
@@ -120,12 +123,12 @@ class Scheduler:
     def clients(self) -> int:
         """Clients whose rows wait or run."""
         tickets = [row.ticket.client for row in (*self._running.values(), *self._again)]
-        return len({*tickets, *(client for line in self._lines.values() for client in line.clients)})
+        return len({*tickets, *(client for line in self._all_lines() for client in line.clients)})
 
     @property
     def adapters(self) -> set[str | None]:
         """What rows name that wait or run."""
-        waiting = (row for line in self._lines.values() for rows in line.clients.values() for row in rows)
+        waiting = (row for line in self._all_lines() for rows in line.clients.values() for row in rows)
         return {row.row["adapter"] for row in (*self._running.values(), *self._again, *waiting)}
 
     def speed(self) -> tuple[float, float]:
@@ -146,7 +149,9 @@ class Scheduler:
             )
         ticket = Ticket(client, len(rows))
         for index, row in enumerate(rows):
-            self._lines[kind].add(_Row(ticket, index, kind, row))
+            beams = row.get("sampling", {}).get("num_beams", 1)
+            line = self._beams if beams > 1 else self._lines[kind]
+            line.add(_Row(ticket, index, kind, line, row, beams))
         self.waiting += len(rows)
         self._fill()
         return ticket
@@ -155,14 +160,15 @@ class Scheduler:
         """Take out what is left of a ticket, from the engine, too."""
         if not ticket.left:
             return
-        for line in self._lines.values():
+        for line in self._all_lines():
             self.waiting -= line.drop(ticket)
         again = deque(row for row in self._again if row.ticket is not ticket)
         self.waiting -= len(self._again) - len(again)
         self._again = again
         keys = [key for key, row in self._running.items() if row.ticket is ticket]
         for key in keys:
-            self._lines[self._running.pop(key).kind].running -= 1
+            row = self._running.pop(key)
+            row.line.running -= row.lanes
         if keys:
             self._send({"drop": keys})
         self.used = time.monotonic()
@@ -177,7 +183,7 @@ class Scheduler:
             row = self._running.pop(key, None)
             if row is None:  # dropped meanwhile
                 continue
-            self._lines[row.kind].running -= 1
+            row.line.running -= row.lanes
             counts[row.kind] += 1
             self.in_vain = 0
             self._hand_out(row, result)
@@ -193,7 +199,7 @@ class Scheduler:
     def begin(self, slots: int) -> None:
         """Give rows to an engine that is ready, and computes so many together."""
         self._open, self._slots, self.used = True, slots, time.monotonic()
-        self._lines["generate"].window = slots + max(1, slots // 4)
+        self._lines["generate"].window = self._beams.window = slots + max(1, slots // 4)
         self._lines["loglikelihood"].window = 2 * slots
         self._fill()
 
@@ -223,7 +229,7 @@ class Scheduler:
     def fail(self, error: AlpacaError) -> None:
         """End all tickets."""
         rows = [*self._running.values(), *self._again]
-        while (row := next((row for line in self._lines.values() if (row := line.take())), None)) is not None:
+        while (row := next((row for line in self._all_lines() if (row := line.take())), None)) is not None:
             rows.append(row)
         for ticket in {row.ticket for row in rows}:
             ticket.left = 0
@@ -234,7 +240,7 @@ class Scheduler:
 
     def _forget_running(self) -> None:
         self._running.clear()
-        for line in self._lines.values():
+        for line in self._all_lines():
             line.running = 0
 
     def _hand_out(self, row: _Row, result: Json) -> None:
@@ -253,7 +259,7 @@ class Scheduler:
     def _start(self, row: _Row) -> int:
         self._next_key += 1
         self._running[self._next_key] = row
-        self._lines[row.kind].running += 1
+        row.line.running += row.lanes
         self.waiting -= 1
         self.used = time.monotonic()
         return self._next_key
@@ -269,9 +275,12 @@ class Scheduler:
             return  # it runs alone
         while self._again:
             yield self._again.popleft()
-        for line in self._lines.values():
+        for line in self._all_lines():
             while line.running < line.window and (row := line.take()) is not None:
                 yield row
+
+    def _all_lines(self) -> tuple[_Line, ...]:
+        return (*self._lines.values(), self._beams)
 
     def _forget(self) -> None:
         while self._recent and time.monotonic() - self._recent[0][0] > 10:

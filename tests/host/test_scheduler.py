@@ -64,11 +64,28 @@ def results(ticket: Ticket) -> list[Any]:
 
 def check(scheduler: Scheduler) -> None:
     """Counters say what there is."""
-    lines = scheduler._lines.values()
+    lines = scheduler._all_lines()
     waiting = sum(len(line_rows) for line in lines for line_rows in line.clients.values()) + len(scheduler._again)
     assert scheduler.waiting == waiting
-    for kind, line in scheduler._lines.items():
-        assert line.running == sum(row.kind == kind for row in scheduler._running.values())
+    for line in lines:
+        assert line.running == sum(row.lanes for row in scheduler._running.values() if row.line is line)
+
+
+@pytest.mark.parametrize("slow", [{"num_beams": 4}, {"num_beams": 1}])
+def test_rows_with_beams_and_others_do_not_wait_for_each_other(slow: dict[str, int]) -> None:
+    engine = Engine(slots=8)
+    engine.begin()
+    beams = [{**row, "sampling": {"num_beams": 4}} for row in rows("beams", 100)]
+    plain = [{**row, "sampling": {"num_beams": 1}} for row in rows("plain", 100)]
+    tickets = [engine.scheduler.submit("one", "generate", both) for both in (beams, plain)]
+    while tickets[slow["num_beams"] == 4].left:  # rows of the other kind do not end
+        count = {kind: sum(row["sampling"]["num_beams"] == kind for row in engine.rows.values()) for kind in (1, 4)}
+        left = {4: tickets[0].left, 1: tickets[1].left}
+        assert min(8, left[1]) <= count[1] <= 10
+        assert min(2, left[4]) <= count[4] <= 3
+        check(engine.scheduler)
+        engine.end(next(key for key, row in engine.rows.items() if row["sampling"] != slow))
+    assert tickets[slow["num_beams"] != 4].left == 100
 
 
 def test_clients_take_turns_whoever_came_first_and_with_however_much() -> None:
