@@ -103,8 +103,8 @@ class Scheduler:
 
     def __init__(self, send: Callable[[Json], None], limit: int) -> None:
         self._send, self.limit = send, limit
-        self._lines: dict[Kind, _Line] = {kind: _Line() for kind in KINDS}
-        self._beams = _Line()  # these have slots of their own: in one line with others each would wait for the other
+        # rows with beams have slots of their own: in one line with others each would wait for the other
+        self._lines: dict[str, _Line] = {name: _Line() for name in (*KINDS, "beams")}
         self._again: deque[_Row] = deque()  # were there when the engine died
         self._running: dict[int, _Row] = {}
         self._next_key = 0
@@ -123,12 +123,12 @@ class Scheduler:
     def clients(self) -> int:
         """Clients whose rows wait or run."""
         tickets = [row.ticket.client for row in (*self._running.values(), *self._again)]
-        return len({*tickets, *(client for line in self._all_lines() for client in line.clients)})
+        return len({*tickets, *(client for line in self._lines.values() for client in line.clients)})
 
     @property
     def adapters(self) -> set[str | None]:
         """What rows name that wait or run."""
-        waiting = (row for line in self._all_lines() for rows in line.clients.values() for row in rows)
+        waiting = (row for line in self._lines.values() for rows in line.clients.values() for row in rows)
         return {row.row["adapter"] for row in (*self._running.values(), *self._again, *waiting)}
 
     def speed(self) -> tuple[float, float]:
@@ -150,7 +150,7 @@ class Scheduler:
         ticket = Ticket(client, len(rows))
         for index, row in enumerate(rows):
             beams = row.get("sampling", {}).get("num_beams", 1)
-            line = self._beams if beams > 1 else self._lines[kind]
+            line = self._lines["beams" if beams > 1 else kind]
             line.add(_Row(ticket, index, kind, line, row, beams))
         self.waiting += len(rows)
         self._fill()
@@ -160,7 +160,7 @@ class Scheduler:
         """Take out what is left of a ticket, from the engine, too."""
         if not ticket.left:
             return
-        for line in self._all_lines():
+        for line in self._lines.values():
             self.waiting -= line.drop(ticket)
         again = deque(row for row in self._again if row.ticket is not ticket)
         self.waiting -= len(self._again) - len(again)
@@ -199,7 +199,7 @@ class Scheduler:
     def begin(self, slots: int) -> None:
         """Give rows to an engine that is ready, and computes so many together."""
         self._open, self._slots, self.used = True, slots, time.monotonic()
-        self._lines["generate"].window = self._beams.window = slots + max(1, slots // 4)
+        self._lines["generate"].window = self._lines["beams"].window = slots + max(1, slots // 4)
         self._lines["loglikelihood"].window = 2 * slots
         self._fill()
 
@@ -229,7 +229,7 @@ class Scheduler:
     def fail(self, error: AlpacaError) -> None:
         """End all tickets."""
         rows = [*self._running.values(), *self._again]
-        while (row := next((row for line in self._all_lines() if (row := line.take())), None)) is not None:
+        while (row := next((row for line in self._lines.values() if (row := line.take())), None)) is not None:
             rows.append(row)
         for ticket in {row.ticket for row in rows}:
             ticket.left = 0
@@ -240,7 +240,7 @@ class Scheduler:
 
     def _forget_running(self) -> None:
         self._running.clear()
-        for line in self._all_lines():
+        for line in self._lines.values():
             line.running = 0
 
     def _hand_out(self, row: _Row, result: Json) -> None:
@@ -275,12 +275,9 @@ class Scheduler:
             return  # it runs alone
         while self._again:
             yield self._again.popleft()
-        for line in self._all_lines():
+        for line in self._lines.values():
             while line.running < line.window and (row := line.take()) is not None:
                 yield row
-
-    def _all_lines(self) -> tuple[_Line, ...]:
-        return (*self._lines.values(), self._beams)
 
     def _forget(self) -> None:
         while self._recent and time.monotonic() - self._recent[0][0] > 10:
